@@ -1,0 +1,795 @@
+"""Trains a teacher with PPO: the expert that Proximal Policy Distillation (PPD) distils from.
+
+    python train_teacher.py --env-id Hopper-v4 --seed 100
+
+Each iteration collects a rollout with the policy, estimates advantages A, and over epochs of shuffled minibatches
+
+    maximises  E[ min(r A, clip(r, 1-ε, 1+ε) A) + α entropy ]
+    minimises  E[ (V(s) - R)² ]                              with r = π(a|s) / π_old(a|s).
+
+Observations are normalised by their running mean and standard deviation, whose final values are frozen in the file of
+the teacher; rewards, in training only, by the running standard deviation of their discounted sum. Source: Schulman et
+al. 2017, with the hyperparameters of Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), section A.2.
+"""
+
+import csv
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import platform
+import re
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import distrax
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import serialization
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+# ======================================================================================================================
+# Arguments
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and where."""
+
+    env_id: str = "Hopper-v4"
+    """task, by envpool's name: Ant-v4, HalfCheetah-v4, Hopper-v4, Humanoid-v4, Swimmer-v4 (the paper's) or another Gym
+    MuJoCo task"""
+    seed: int = 100
+    """seed of networks, actions, minibatches and environments (the paper's: 100, 200, 300, 400, 500)"""
+    total_timesteps: int = 10_000_000
+    """environment steps in all, rounded up to whole rollouts"""
+    hidden: tuple[int, ...] = (256, 256)
+    """widths of the hidden layers, of the policy and of the value network each"""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """where the networks run; gpu is an error where there is none"""
+
+
+@dataclass(frozen=True)
+class PPO:
+    """Proximal policy optimisation."""
+
+    learning_rate: float = 3e-4
+    """step size of Adam, constant"""
+    num_envs: int = 18
+    """environments stepped in parallel (N)"""
+    num_steps: int | None = None
+    """steps of each environment in a rollout (T); the paper's: 512, but 256 for Hopper and Swimmer"""
+    num_minibatches: int | None = None
+    """minibatches of an epoch, a divisor of N*T; by default the fewest of at most 512 samples"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    gamma: float = 0.995
+    """discount factor (γ)"""
+    gae_lambda: float = 0.9
+    """decay of generalised advantage estimation"""
+    clip_coef: float = 0.2
+    """clipping range of the probability ratio (ε)"""
+    ent_coef: float | None = None
+    """weight of the entropy bonus (α); the paper's: 0, but 0.01 for Hopper and Swimmer"""
+    vf_coef: float = 0.5
+    """weight of the value loss, a plain mean squared error"""
+    max_grad_norm: float = 0.5
+    """largest global norm of the gradient, policy and value together"""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a run leaves behind."""
+
+    run_dir: str | None = None
+    """folder of the run; by default runs/{env_id}__{script}__{seed}__{unix_time}"""
+    resume: str | None = None
+    """folder of an interrupted run to go on with; all other flags are then that run's"""
+    checkpoint_every: int = 50
+    """updates between checkpoints"""
+    eval_episodes: int = 50
+    """episodes of the final evaluation, with deterministic actions and raw rewards"""
+    track: bool = False
+    """log to Weights & Biases as well (pip install wandb)"""
+    wandb_project_name: str = "ppd"
+    """project to log to"""
+    wandb_entity: str | None = None
+    """team to log to"""
+
+
+@dataclass(frozen=True)
+class Args(Output, PPO, Task):
+    """All flags; the command line groups them by the classes above."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a rollout, N*T."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Rollouts of the run, each followed by one update."""
+        return -(-self.total_timesteps // self.batch_size)
+
+
+# The paper's defaults (appendix A.2): of each task, and of those it does not have
+PAPER = {"num_steps": 512, "ent_coef": 0.0}
+PAPER_TASKS = {"Hopper": {"num_steps": 256, "ent_coef": 0.01}, "Swimmer": {"num_steps": 256, "ent_coef": 0.01}}
+
+# Flags that must lie in a range, both ends included
+RANGES = {
+    "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
+    "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "eval_episodes": (1, 10**5), "seed": (0, 10**9 - 1),
+    "learning_rate": (0, 1e3), "gamma": (0, 1), "gae_lambda": (0, 1),
+    "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
+}
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program for bad input: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Reads the command line; every class that `Args` inherits from is a group of flags."""
+    groups = [(base.__name__, base, dataclasses.field(default_factory=base)) for base in reversed(Args.__bases__)]
+    form = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Groups", groups, frozen=True)]
+    parsed = tyro.cli(form, args=argv, description=__doc__)
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
+def resolve(args: Args) -> Args:
+    """Fills in the task's defaults; ends the program for flags that cannot work, before anything is written."""
+    paper = PAPER_TASKS.get(args.env_id.split("-")[0], PAPER)
+    args = dataclasses.replace(args, **{name: value for name, value in paper.items() if getattr(args, name) is None})
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+    if not args.hidden or min(args.hidden) < 1:
+        fail(f"hidden layers need a width of at least 1, not {args.hidden}")
+    if args.num_minibatches is None:
+        fewest = -(-args.batch_size // 512)
+        divisor = next(k for k in range(fewest, args.batch_size + 1) if args.batch_size % k == 0)
+        args = dataclasses.replace(args, num_minibatches=divisor)
+    if args.batch_size % args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
+             f"{args.num_steps} steps = {args.batch_size} samples")
+    if not args.resume and args.run_dir and Path(args.run_dir).exists():
+        fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
+    if args.device == "gpu" and jax.default_backend() == "cpu":
+        fail("--device gpu: JAX finds no GPU; pip install 'jax[cuda12]', or use --device cpu")
+    return args
+
+
+# ======================================================================================================================
+# Environments
+# ======================================================================================================================
+
+GYM_MUJOCO = ("Ant|HalfCheetah|Hopper|Humanoid|HumanoidStandup|InvertedDoublePendulum|InvertedPendulum|Pusher|Reacher|"
+              "Swimmer|Walker2d")
+EVAL_SEED = 10**9  # what evaluation adds to the seed of its environments, so that it plays other games than training
+
+
+def import_envpool() -> Any:
+    """Imports envpool only when it is needed: that is slow, and fails where a system library is missing."""
+    try:
+        import envpool
+    except ImportError as error:
+        fail(f"envpool cannot be imported ({error}); on Debian: apt-get install libegl1 libopengl0")
+    return envpool
+
+
+def check_task(env_id: str) -> None:
+    """Ends the program for a task that is no Gym MuJoCo task of envpool, naming those like it."""
+    known = [name for name in import_envpool().list_all_envs() if re.fullmatch(rf"({GYM_MUJOCO})-v\d+", name)]
+    if env_id not in known:
+        near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3) or known
+        fail(f"unknown MuJoCo task {env_id}; did you mean {', '.join(near)}?")
+
+
+def make_envs(env_id: str, num_envs: int, seed: int) -> Any:
+    """Vectorised environments; the seed is given here because envpool ignores reset(seed=)."""
+    return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed)
+
+
+class Cursor(NamedTuple):
+    """Where the environments stand between two rollouts; its arrays are updated in place."""
+
+    observations: np.ndarray  # [N, D] float32
+    dones: np.ndarray  # [N] bool: the last step ended an episode
+    returns: np.ndarray  # [N] float64: sum of the raw rewards of the running episode
+    finished: deque  # such sums of the last 100 finished episodes
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments, time first."""
+
+    observations: np.ndarray  # [T+1, N, D] float32
+    actions: np.ndarray  # [T, N, A] float32, as sampled, before clipping to the bounds
+    rewards: np.ndarray  # [T, N] float32
+    terminations: np.ndarray  # [T, N] bool
+    truncations: np.ndarray  # [T, N] bool
+    phantoms: np.ndarray  # [T, N] bool
+
+
+def start(envs: Any) -> Cursor:
+    """Resets all environments."""
+    observations = envs.reset()[0].astype(np.float32)
+    return Cursor(observations, np.zeros(len(observations), bool), np.zeros(len(observations)), deque(maxlen=100))
+
+
+def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) -> Rollout:
+    """Steps the environments `num_steps` times with actions [N, A] = policy_step(observations [N, D], t).
+
+    envpool resets on the step after an episode's end: that step ignores its action and gives the reset observation with
+    reward 0. It is no transition of the task; such phantoms are marked, and have weight 0 wherever they could count.
+    """
+    space, n = envs.action_space, len(cursor.dones)
+    observations = np.empty((num_steps + 1, *cursor.observations.shape), np.float32)
+    actions = np.empty((num_steps, n, *space.shape), np.float32)
+    rewards = np.empty((num_steps, n), np.float32)
+    terminations, truncations, phantoms = np.empty((3, num_steps, n), bool)
+    observations[0] = cursor.observations
+    for t in range(num_steps):
+        phantoms[t] = cursor.dones
+        actions[t] = policy_step(observations[t], t)
+        observations[t + 1], rewards[t], terminations[t], truncations[t], _ = envs.step(
+            np.clip(actions[t], space.low, space.high, dtype=space.dtype))
+        np.logical_or(terminations[t], truncations[t], out=cursor.dones)
+        cursor.returns[:] += rewards[t]
+        if cursor.dones.any():
+            cursor.finished.extend(cursor.returns[cursor.dones])
+            cursor.returns[cursor.dones] = 0.0
+    cursor.observations[:] = observations[-1]
+    return Rollout(observations, actions, rewards, terminations, truncations, phantoms)
+
+
+# ======================================================================================================================
+# Networks
+# ======================================================================================================================
+
+
+class Policy(nn.Module):
+    """Gaussian policy: an MLP with ReLU gives the mean; the log standard deviation does not depend on the state."""
+
+    hidden: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x: [..., D], normalised. Returns mean and log standard deviation, both [..., A]."""
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
+        mean = nn.Dense(self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))(x)
+        log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
+        return mean, jnp.broadcast_to(log_std, mean.shape)
+
+
+class Value(nn.Module):
+    """State value: an MLP with ReLU that shares nothing with the policy."""
+
+    hidden: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., D], normalised. Returns values [...]."""
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
+        return nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x).squeeze(-1)
+
+
+def distribution(outputs: tuple[jax.Array, jax.Array]) -> distrax.Distribution:
+    """The action distribution that a policy's outputs (mean, log standard deviation; [..., A]) stand for."""
+    mean, log_std = outputs
+    return distrax.MultivariateNormalDiag(mean, jnp.exp(log_std))
+
+
+# ======================================================================================================================
+# Mathematics
+# ======================================================================================================================
+
+
+class Stats(NamedTuple):
+    """Running mean and variance, and the number of samples they rest on."""
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array
+
+
+def update_stats(stats: Stats, samples: jax.Array, weights: jax.Array) -> Stats:
+    """Adds samples [B, ...] whose weight [B] is 1, not those of weight 0 (Chan et al. 1979, pairwise update)."""
+    n = weights.sum()
+    mean = jnp.tensordot(weights, samples, 1) / jnp.maximum(n, 1)
+    var = jnp.tensordot(weights, (samples - mean) ** 2, 1) / jnp.maximum(n, 1)
+    count = stats.count + n
+    delta = mean - stats.mean
+    merged = (stats.var * stats.count + var * n + delta**2 * stats.count * n / count) / count
+    return Stats(stats.mean + delta * n / count, merged, count)
+
+
+def normalize(observations: jax.Array, stats: Stats) -> jax.Array:
+    """Observations [..., D] less their running mean, over their running standard deviation, clipped to ±10."""
+    return jnp.clip((observations - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+
+
+def discount_forward(
+    rewards: jax.Array, dones: jax.Array, carried: jax.Array, gamma: float
+) -> tuple[jax.Array, jax.Array]:
+    """Discounted sum of the rewards so far, g_t = γ g_{t-1} + r_t, from 0 in each episode: what scales the rewards.
+
+    rewards, dones: [T, N]; carried: [N], from the rollout before. Returns what to carry on, [N], and all g, [T, N].
+    """
+
+    def step(g, x):
+        reward, done = x
+        g = gamma * g + reward
+        return g * (1.0 - done), g
+
+    return jax.lax.scan(step, carried, (rewards, dones))
+
+
+def compute_gae(
+    rewards: jax.Array, values: jax.Array, terminations: jax.Array, truncations: jax.Array, gamma: float,
+    gae_lambda: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimation (Schulman et al. 2016): advantages and returns, both [T, N].
+
+    rewards, terminations, truncations: [T, N]; values: [T+1, N], of all stored observations. A terminated step does
+    not bootstrap. A truncated one does, from the true final observation, which is the one stored at t+1. Both cut the
+    trace, so nothing of a phantom step reaches another.
+    """
+    dones = jnp.maximum(terminations, truncations)
+    deltas = rewards + gamma * values[1:] * (1.0 - terminations) - values[:-1]
+
+    def step(advantage, x):
+        delta, done = x
+        advantage = delta + gamma * gae_lambda * (1.0 - done) * advantage
+        return advantage, advantage
+
+    _, advantages = jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, dones), reverse=True)
+    return advantages, advantages + values[:-1]
+
+
+def weighted_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean of x [B] over the samples whose weight [B] is 1."""
+    return (x * weights).sum() / jnp.maximum(weights.sum(), 1.0)
+
+
+def standardize(advantages: jax.Array, weights: jax.Array) -> jax.Array:
+    """Advantages [B] with mean 0 and variance 1 over the samples whose weight [B] is 1."""
+    centred = advantages - weighted_mean(advantages, weights)
+    return centred / (jnp.sqrt(weighted_mean(centred**2, weights)) + 1e-8)
+
+
+class Batch(NamedTuple):
+    """Samples of a rollout; the leading axis is [B], or none for a single sample."""
+
+    observations: jax.Array  # [B, D], normalised
+    actions: jax.Array  # [B, A]
+    log_probs: jax.Array  # [B], under the policy that acted
+    advantages: jax.Array  # [B]
+    returns: jax.Array  # [B]
+    weights: jax.Array  # [B]: 0 for a phantom transition, else 1
+
+
+def ppo_terms(outputs: Any, value: jax.Array, sample: Batch, clip_coef: float) -> dict[str, jax.Array]:
+    """The terms of one sample's loss, as scalars.
+
+    outputs: the policy's, [A] each; value: the value network's, []; sample: its advantage is standardised already.
+    """
+    pi = distribution(outputs)
+    log_ratio = pi.log_prob(sample.actions) - sample.log_probs
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
+    return {
+        "policy_loss": -jnp.minimum(ratio * sample.advantages, clipped * sample.advantages),
+        "value_loss": (value - sample.returns) ** 2,
+        "entropy": pi.entropy(),
+        "approx_kl": ratio - 1.0 - log_ratio,
+        "clipfrac": (jnp.abs(ratio - 1.0) > clip_coef).astype(jnp.float32),
+    }
+
+
+def ppo_loss(
+    outputs: Any, values: jax.Array, batch: Batch, clip_coef: float, ent_coef: float, vf_coef: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a minibatch and its terms, averaged over the samples whose weight is 1.
+
+    outputs: the policy's, [B, A] each; values: [B].
+    """
+    terms = jax.vmap(partial(ppo_terms, clip_coef=clip_coef))(outputs, values, batch)
+    terms = {name: weighted_mean(term, batch.weights) for name, term in terms.items()}
+    loss = terms["policy_loss"] + vf_coef * terms["value_loss"] - ent_coef * terms["entropy"]
+    return loss, {"loss": loss} | terms
+
+
+# ======================================================================================================================
+# Jitted steps
+# ======================================================================================================================
+
+
+class Networks(NamedTuple):
+    """The flax modules; they hold no parameters."""
+
+    policy: Policy
+    value: Value
+
+
+class Frozen(NamedTuple):
+    """A policy that does not learn: its parameters, and the observation statistics it stands on."""
+
+    params: dict
+    obs_stats: Stats
+
+
+class TrainState(NamedTuple):
+    """All that learning changes."""
+
+    params: dict  # {"policy": ..., "value": ...}
+    opt_state: optax.OptState
+    obs_stats: Stats  # of the observations, [D]
+    return_stats: Stats  # of the discounted returns, scalars
+    discounted: jax.Array  # [N]: discounted return of each running episode
+    key: jax.Array
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    """Adam, after clipping the global norm of the gradient."""
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate, eps=1e-5))
+
+
+def init_state(args: Args, networks: Networks, observation_dim: int) -> TrainState:
+    """Fresh networks and statistics, from the seed alone."""
+    key, policy_key, value_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
+    x = jnp.zeros((1, observation_dim))
+    params = {"policy": networks.policy.init(policy_key, x), "value": networks.value.init(value_key, x)}
+    obs_stats = Stats(jnp.zeros(observation_dim), jnp.ones(observation_dim), jnp.float32(1e-4))
+    return_stats = Stats(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-4))
+    opt_state = make_optimizer(args).init(params)
+    return TrainState(params, opt_state, obs_stats, return_stats, jnp.zeros(args.num_envs), key)
+
+
+@partial(jax.jit, static_argnames="policy")
+def act(policy: Policy, params: dict, obs_stats: Stats, key: jax.Array, observations: jax.Array, t: int) -> jax.Array:
+    """Samples actions [N, A] for raw observations [N, D]; t makes a rollout's steps differ under one key."""
+    pi = distribution(policy.apply(params, normalize(observations, obs_stats)))
+    return pi.sample(seed=jax.random.fold_in(key, t))
+
+
+@partial(jax.jit, static_argnames="policy")
+def act_deterministic(policy: Policy, params: dict, obs_stats: Stats, observations: jax.Array) -> jax.Array:
+    """The most likely actions [N, A] for raw observations [N, D]."""
+    return distribution(policy.apply(params, normalize(observations, obs_stats))).mode()
+
+
+@partial(jax.jit, static_argnames=("args", "networks"), donate_argnames="state")
+def update(
+    args: Args, networks: Networks, state: TrainState, rollout: Rollout
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Learns from one rollout; returns the new state and the means of all minibatches' metrics."""
+    rollout = Rollout(*(jnp.asarray(x, jnp.float32) for x in rollout))
+    dones, weights = jnp.maximum(rollout.terminations, rollout.truncations), 1.0 - rollout.phantoms
+
+    # The parameters are still those of the rollout, so its values and log-probabilities are one batched call
+    observations = normalize(rollout.observations, state.obs_stats)
+    values = networks.value.apply(state.params["value"], observations)
+    log_probs = distribution(networks.policy.apply(state.params["policy"], observations[:-1])).log_prob(rollout.actions)
+
+    discounted, sums = discount_forward(rollout.rewards, dones, state.discounted, args.gamma)
+    return_stats = update_stats(state.return_stats, sums.reshape(-1), weights.reshape(-1))
+    rewards = jnp.clip(rollout.rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
+    advantages, returns = compute_gae(
+        rewards, values, rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda)
+
+    batch = Batch(observations[:-1], rollout.actions, log_probs, advantages, returns, weights)
+    batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
+    optimizer = make_optimizer(args)
+
+    def loss_fn(params, minibatch):
+        outputs = networks.policy.apply(params["policy"], minibatch.observations)
+        values = networks.value.apply(params["value"], minibatch.observations)
+        return ppo_loss(outputs, values, minibatch, args.clip_coef, args.ent_coef, args.vf_coef)
+
+    def train_minibatch(carry, indices):
+        params, opt_state = carry
+        minibatch = jax.tree.map(lambda x: x[indices], batch)
+        minibatch = minibatch._replace(advantages=standardize(minibatch.advantages, minibatch.weights))
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    key, shuffle_key = jax.random.split(state.key)
+    epoch_keys = jax.random.split(shuffle_key, args.update_epochs)
+    orders = jax.vmap(jax.random.permutation, (0, None))(epoch_keys, args.batch_size)
+    minibatches = orders.reshape(args.update_epochs * args.num_minibatches, -1)
+    (params, opt_state), metrics = jax.lax.scan(train_minibatch, (state.params, state.opt_state), minibatches)
+    metrics = {f"losses/{name}": values.mean() for name, values in metrics.items()}
+
+    # The statistics change only now: the rollout and all of its epochs see the same observations
+    seen = rollout.observations[:-1].reshape(args.batch_size, -1)
+    obs_stats = update_stats(state.obs_stats, seen, weights.reshape(-1))
+    return TrainState(params, opt_state, obs_stats, return_stats, discounted, key), metrics
+
+
+# ======================================================================================================================
+# Files
+# ======================================================================================================================
+
+SCRIPT = Path(__file__).stem
+FORMAT, VERSION = "proximal-policy-distillation", 1
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: a killed run leaves no half of it under this name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a small file for people and programs."""
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def save_tree(path: Path, kind: str, tree: dict) -> None:
+    """Writes plain dicts, lists, strings, numbers and arrays as msgpack, in an envelope with their checksum."""
+    payload = serialization.msgpack_serialize(jax.device_get(tree))
+    envelope = {"format": FORMAT, "version": VERSION, "kind": kind, "sha256": hashlib.sha256(payload).hexdigest()}
+    write_atomic(path, serialization.msgpack_serialize(envelope | {"payload": payload}))
+
+
+def load_tree(path: str | Path, kind: str) -> dict:
+    """Reads a file of save_tree; ends the program if it is missing, cut short, damaged or something else."""
+    try:
+        envelope = serialization.msgpack_restore(Path(path).read_bytes())
+        found = [envelope[name] for name in ("format", "version", "kind", "sha256", "payload")]
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except Exception:  # msgpack raises many kinds for bytes that are not its own
+        fail(f"{path} is no {kind} file of this project, or is cut short")
+    if found[:3] != [FORMAT, VERSION, kind]:
+        fail(f"{path} is a {found[2]} file of {found[0]}, version {found[1]}; "
+             f"needed is a {kind} file, version {VERSION}")
+    if found[3] != hashlib.sha256(found[4]).hexdigest():
+        fail(f"{path} is damaged: its checksum does not match")
+    return serialization.msgpack_restore(found[4])
+
+
+def plain_args(args: Args) -> dict:
+    """The flags as plain values, but not where the run's files lie: that says nothing on another machine."""
+    return json.loads(json.dumps(dataclasses.asdict(args) | {"run_dir": None, "resume": None}))
+
+
+def command_line(args: Args) -> str:
+    """The command that repeats this run."""
+    words = ["python", f"{SCRIPT}.py"]
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if value != field.default and not field.name.startswith(("run_dir", "resume", "device", "track", "wandb")):
+            words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    return " ".join(words)
+
+
+def versions() -> dict[str, str]:
+    """What the run stands on."""
+    return {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+            "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}
+
+
+def save_checkpoint(folder: Path, args: Args, updates: int, state: TrainState, cursor: Cursor) -> None:
+    """Saves all that --resume needs after this many updates; the simulator's own state cannot be saved."""
+    save_tree(folder / "checkpoint.msgpack", "checkpoint", {
+        "args": plain_args(args), "updates": updates, "state": serialization.to_state_dict(state),
+        "finished": list(cursor.finished)})
+
+
+def check_finite(metrics: dict[str, float], number: int, folder: Path) -> None:
+    """Ends the run when a metric is NaN or infinite; the last checkpoint stays as it was."""
+    bad = [f"{name} = {value}" for name, value in metrics.items() if not np.isfinite(value)]
+    if bad:
+        raise SystemExit(f"error: update {number} gave {bad[0]}; the last good state is {folder}/checkpoint.msgpack")
+
+
+def progress_bar(args: Args, first: int) -> tqdm:
+    """Counts environment steps; where no terminal shows it, once a minute."""
+    total, done = args.num_updates * args.batch_size, first * args.batch_size
+    interval = 0.5 if sys.stderr.isatty() else 60.0
+    return tqdm(total=total, initial=done, desc=args.env_id, unit=" steps", unit_scale=True, mininterval=interval)
+
+
+class Log:
+    """progress.csv and TensorBoard events in the run's folder; Weights & Biases, where asked for, copies the latter."""
+
+    def __init__(self, folder: Path, args: Args, first_step: int):
+        """first_step: where the run goes on; rows after it, of updates that are made again, are dropped."""
+        path = folder / "progress.csv"
+        if first_step:
+            header, *rows = path.read_text().splitlines(keepends=True)
+            write_atomic(path, "".join([header] + [x for x in rows if int(x.split(",")[0]) <= first_step]).encode())
+        if args.track:
+            import wandb
+
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=folder.name,
+                       config=plain_args(args), sync_tensorboard=True)
+        self.file = open(path, "a", newline="", buffering=1)
+        self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
+        """Logs the metrics of the update that ended at this environment step."""
+        row = {"global_step": step, "seconds": round(seconds, 3)} | metrics
+        table = csv.DictWriter(self.file, list(row))
+        if self.file.tell() == 0:
+            table.writeheader()
+        table.writerow(row)
+        for name, value in metrics.items():
+            if np.isfinite(value):  # there is no episodic return before an episode has ended
+                self.tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes out what is left."""
+        self.file.close()
+        self.tensorboard.close()
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM, so that the update under way can end; a second ends the program at once."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ======================================================================================================================
+# Evaluation
+# ======================================================================================================================
+
+
+def evaluate(policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int) -> np.ndarray:
+    """Returns [episodes] of the deterministic policy: sums of raw rewards, undiscounted.
+
+    There are as many environments as episodes and each one's first episode counts: short ones do not crowd out long.
+    """
+    envs = make_envs(env_id, episodes, EVAL_SEED + seed)
+    space, observations = envs.action_space, envs.reset()[0]
+    returns, running = np.zeros(episodes), np.ones(episodes, bool)
+    while running.any():
+        actions = act_deterministic(policy, frozen.params, frozen.obs_stats, observations.astype(np.float32))
+        observations, rewards, terminations, truncations, _ = envs.step(
+            np.clip(np.asarray(actions), space.low, space.high, dtype=space.dtype))
+        returns += np.where(running, rewards, 0.0)
+        running &= ~(terminations | truncations)
+    envs.close()
+    return returns
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+
+
+def restore(args: Args) -> tuple[Args, dict | None]:
+    """With --resume: the flags and the checkpoint of that run, wherever its folder has moved to."""
+    if args.device != "auto":
+        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,rocm"}[args.device])
+    if not args.resume:
+        return args, None
+    saved = load_tree(Path(args.resume, "checkpoint.msgpack"), "checkpoint")
+    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
+    return dataclasses.replace(Args(**flags), resume=args.resume), saved
+
+
+def make_folder(args: Args) -> Path:
+    """Creates the run's folder, with args.json in it."""
+    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    folder = Path(args.resume or args.run_dir or f"runs/{name}")
+    if not args.resume:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            fail(f"cannot create {folder}: {error.strerror}")
+        write_json(folder / "args.json", dataclasses.asdict(args) | {"versions": versions()})
+    return folder
+
+
+def finish(
+    args: Args, networks: Networks, state: TrainState, folder: Path, timing: dict
+) -> dict[str, float]:
+    """Evaluates the teacher, writes results.json and teacher.msgpack, prints the outcome; returns mean and timing."""
+    frozen = Frozen(state.params["policy"], state.obs_stats)
+    returns = evaluate(networks.policy, frozen, args.env_id, args.eval_episodes, args.seed)
+    numbers = {"teacher": float(returns.mean())} | timing
+    evaluation = {"mean": numbers["teacher"], "std": float(returns.std()), "returns": returns.tolist()}
+    about = {"env_id": args.env_id, "script": SCRIPT, "hidden": list(args.hidden), "args": plain_args(args),
+             "command": command_line(args), "versions": versions()}
+    write_json(folder / "results.json", about | timing | {"teacher": evaluation})
+    save_tree(folder / "teacher.msgpack", "model", about | {
+        "role": "teacher", "network": "mlp", "action_dim": networks.policy.action_dim,
+        "observation_shape": list(state.obs_stats.mean.shape), "params": state.params,
+        "obs_stats": state.obs_stats._asdict(), "evaluation": evaluation})
+    print(f"{'teacher':<18} {returns.mean():>10.1f} ± {returns.std():.1f} ({len(returns)} episodes)")
+    print(f"{'steps per second':<18} {timing['SPS']:>10.0f}")
+    print(f"{'files':<18} {folder}")
+    return numbers
+
+
+def main(args: Args) -> dict[str, float]:
+    """Trains and evaluates a teacher; returns the single numbers of results.json."""
+    args, saved = restore(args)
+    check_task(args.env_id)
+    args = resolve(args)
+    first = saved["updates"] if saved else 0
+    envs = make_envs(args.env_id, args.num_envs, args.seed + first)  # a resumed run does not play its first games again
+    networks = Networks(Policy(args.hidden, envs.action_space.shape[0]), Value(args.hidden))
+    state, cursor = init_state(args, networks, envs.observation_space.shape[0]), start(envs)
+    if saved:
+        state = jax.tree.map(jnp.array, serialization.from_state_dict(state, saved["state"]))
+        cursor.finished.extend(saved["finished"])
+
+    folder = make_folder(args)
+    log = Log(folder, args, first * args.batch_size)
+    started = compiled = time.time()
+    timing = {"SPS": float("nan"), "seconds": 0.0}
+    with progress_bar(args, first) as bar, catch_signals() as signals:
+        for number in range(first + 1, args.num_updates + 1):
+            key, rollout_key = jax.random.split(state.key)
+            policy_step = partial(act, networks.policy, state.params["policy"], state.obs_stats, rollout_key)
+            rollout = collect(envs, cursor, policy_step, args.num_steps)
+            state, metrics = update(args, networks, state._replace(key=key), rollout)
+            metrics = jax.tree.map(float, jax.device_get(metrics))
+            check_finite(metrics, number, folder)
+
+            now, step = time.time(), number * args.batch_size
+            if number == first + 1:
+                compiled = now  # compilation ends with the first update; from here on speed counts
+            else:
+                timing["SPS"] = (number - first - 1) * args.batch_size / (now - compiled)
+            timing["seconds"] = now - started
+            episodic_return = float(np.mean(cursor.finished)) if cursor.finished else float("nan")
+            charts = {"charts/episodic_return": episodic_return, "charts/SPS": timing["SPS"]}
+            log.write(step, timing["seconds"], charts | metrics)
+            bar.set_postfix_str(f"return {episodic_return:.0f}", refresh=False)
+            bar.update(args.batch_size)
+            if number % args.checkpoint_every == 0 or number == args.num_updates or signals:
+                save_checkpoint(folder, args, number, state, cursor)
+            if signals:
+                log.close()
+                print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
+                raise SystemExit(128 + signals[0])
+    log.close()
+    envs.close()
+    return finish(args, networks, state, folder, timing)
+
+
+if __name__ == "__main__":
+    main(parse_args())
