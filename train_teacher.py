@@ -9,7 +9,7 @@ Each iteration collects a rollout with the policy, estimates advantages A, and o
 
 Observations are normalised by their running mean and standard deviation, whose final values are frozen in the file of
 the teacher; rewards, in training only, by the running standard deviation of their discounted sum. Source: Schulman et
-al. 2017, with the hyperparameters of Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), section A.2.
+al. 2017, with the hyperparameters of Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), A.2.
 """
 
 import csv
@@ -583,11 +583,12 @@ def plain_args(args: Args) -> dict:
 
 
 def command_line(args: Args) -> str:
-    """The command that repeats this run."""
-    words = ["python", f"{SCRIPT}.py"]
+    """The command that repeats this run: task, seed, and every flag of learning that is not its default."""
+    elsewhere = ("env_id", "seed", "device", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity")
+    words = ["python", f"{SCRIPT}.py", "--env-id", args.env_id, "--seed", str(args.seed)]
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        if value != field.default and not field.name.startswith(("run_dir", "resume", "device", "track", "wandb")):
+        if field.name not in elsewhere and value != field.default:
             words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     return " ".join(words)
 
@@ -598,11 +599,13 @@ def versions() -> dict[str, str]:
             "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}
 
 
-def save_checkpoint(folder: Path, args: Args, updates: int, state: TrainState, cursor: Cursor) -> None:
+def save_checkpoint(
+    folder: Path, args: Args, updates: int, state: TrainState, cursor: Cursor, timing: dict[str, float]
+) -> None:
     """Saves all that --resume needs after this many updates; the simulator's own state cannot be saved."""
     save_tree(folder / "checkpoint.msgpack", "checkpoint", {
         "args": plain_args(args), "updates": updates, "state": serialization.to_state_dict(state),
-        "finished": list(cursor.finished)})
+        "finished": list(cursor.finished), "timing": timing})
 
 
 def check_finite(metrics: dict[str, float], number: int, folder: Path) -> None:
@@ -758,8 +761,9 @@ def main(args: Args) -> dict[str, float]:
 
     folder = make_folder(args)
     log = Log(folder, args, first * args.batch_size)
-    started = compiled = time.time()
-    timing = {"SPS": float("nan"), "seconds": 0.0}
+    timing = saved["timing"] if saved else {"SPS": 0.0, "seconds": 0.0}
+    began = compiled = time.time()
+    before = timing["seconds"]
     with progress_bar(args, first) as bar, catch_signals() as signals:
         for number in range(first + 1, args.num_updates + 1):
             key, rollout_key = jax.random.split(state.key)
@@ -771,17 +775,17 @@ def main(args: Args) -> dict[str, float]:
 
             now, step = time.time(), number * args.batch_size
             if number == first + 1:
-                compiled = now  # compilation ends with the first update; from here on speed counts
-            else:
+                timing["SPS"], compiled = args.batch_size / (now - began), now
+            else:  # the first update compiled; the speed is that of those after it
                 timing["SPS"] = (number - first - 1) * args.batch_size / (now - compiled)
-            timing["seconds"] = now - started
+            timing["seconds"] = before + now - began
             episodic_return = float(np.mean(cursor.finished)) if cursor.finished else float("nan")
             charts = {"charts/episodic_return": episodic_return, "charts/SPS": timing["SPS"]}
             log.write(step, timing["seconds"], charts | metrics)
             bar.set_postfix_str(f"return {episodic_return:.0f}", refresh=False)
             bar.update(args.batch_size)
             if number % args.checkpoint_every == 0 or number == args.num_updates or signals:
-                save_checkpoint(folder, args, number, state, cursor)
+                save_checkpoint(folder, args, number, state, cursor, timing)
             if signals:
                 log.close()
                 print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
