@@ -703,8 +703,8 @@ def evaluate(policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: i
 
 def restore(args: Args) -> tuple[Args, dict | None]:
     """With --resume: the flags and the checkpoint of that run, wherever its folder has moved to."""
-    if args.device != "auto":
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,rocm"}[args.device])
+    if args.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
     if not args.resume:
         return args, None
     saved = load_tree(Path(args.resume, "checkpoint.msgpack"), "checkpoint")

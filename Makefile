@@ -1,0 +1,31 @@
+# Each target works on a fresh machine that has python3 (3.11 or newer) and make.
+# PYTHON=python3.12 make test  uses another interpreter; VENV names where the packages go.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint benchmark clean
+
+demo: $(VENV)/installed  ## distil the shipped Hopper teacher into a larger student, in minutes
+	$(RUN) ppd_mujoco.py --env-id Hopper-v4 --student-size larger --total-timesteps 300000
+
+test: $(VENV)/installed-dev lint  ## lint, then every test
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed-dev
+	$(RUN) -m ruff check .
+
+benchmark: $(VENV)/installed  ## steps per second, beside what this machine could do at most
+	$(RUN) benchmark/speed.py
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
