@@ -11,9 +11,12 @@ episode counts, so that short ones are not over-represented. Source: Spigler, "P
 import ctypes
 import difflib
 import hashlib
+import importlib.util
 import json
+import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import distrax
 import flax.linen as nn
+import imageio.v3 as imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +45,7 @@ class Args:
     episodes: int = 50
     """episodes, one for each of as many environments"""
     seed: int = 0
-    """seed of the environments; a run's own evaluation used that run's seed"""
+    """seed of the environments, environment i takes seed + i; a run's own evaluation used that run's seed"""
     json: str | None = None
     """also write every episode's return to this file"""
     video: str | None = None
@@ -66,10 +70,12 @@ def check(args: Args) -> None:
     if not 0 < args.video_seconds <= 3600:
         fail(f"--video-seconds must lie between 0 and 3600, not {args.video_seconds}")
     for path in filter(None, (args.json, args.video)):
-        if not Path(path).resolve().parent.is_dir():
-            fail(f"there is no folder for {path}")
+        if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
+            fail(f"cannot write {path}: it is a folder, or there is no folder for it")
     if args.video and Path(args.video).suffix not in (".gif", ".mp4"):
         fail(f"--video writes .gif or .mp4, not {args.video}")
+    if args.video and args.video.endswith(".mp4") and importlib.util.find_spec("imageio_ffmpeg") is None:
+        fail(f"an .mp4 needs ffmpeg: pip install imageio-ffmpeg, or write a .gif instead of {args.video}")
 
 
 # ======================================================================================================================
@@ -194,7 +200,10 @@ def load_policy(path: str | Path) -> tuple[dict, Policy, Frozen]:
         expected = jax.eval_shape(policy.init, jax.random.PRNGKey(0), jnp.zeros(model["observation_shape"]))
         if model["network"] != "mlp" or jax.tree.map(jnp.shape, expected) != jax.tree.map(jnp.shape, frozen.params):
             raise ValueError("its parameters are not those of the network it describes")
-    except (KeyError, TypeError, ValueError) as error:
+        if list(frozen.obs_stats.mean.shape) != list(model["observation_shape"]):
+            raise ValueError("its observation statistics are not those of its task")
+        _ = [model[name] for name in ("env_id", "role", "command", "evaluation")]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         fail(f"{path} is no model of a MuJoCo task: {type(error).__name__} {error}")
     return model, policy, jax.tree.map(jnp.asarray, frozen)
 
@@ -252,15 +261,11 @@ def film(policy: Policy, frozen: Frozen, env_id: str, seed: int, seconds: float)
 
 def write_video(path: str, frames: list[np.ndarray], rate: float) -> None:
     """Writes a .gif that repeats for ever, or an .mp4."""
-    import imageio.v3 as imageio
-
-    try:
-        if path.endswith(".gif"):
-            imageio.imwrite(path, frames, duration=1000.0 / rate, loop=0)
-        else:
+    if path.endswith(".gif"):
+        imageio.imwrite(path, frames, duration=1000.0 / rate, loop=0)
+    else:
+        with warnings.catch_warnings(action="ignore"):  # JAX warns of any fork, and this one starts ffmpeg
             imageio.imwrite(path, frames, fps=rate, plugin="FFMPEG", macro_block_size=8)
-    except ImportError:
-        fail(f"an .mp4 needs ffmpeg: pip install imageio-ffmpeg, or write a .gif instead of {path}")
 
 
 # ======================================================================================================================

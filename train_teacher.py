@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -56,13 +57,14 @@ class Task:
     """task, by envpool's name: Ant-v4, HalfCheetah-v4, Hopper-v4, Humanoid-v4, Swimmer-v4 (the paper's) or another Gym
     MuJoCo task"""
     seed: int = 100
-    """seed of networks, actions, minibatches and environments (the paper's: 100, 200, 300, 400, 500)"""
+    """seed of networks, actions, minibatches and environments (the paper's: 100, 200, 300, 400, 500); environment i
+    takes seed + i, so seeds of one study should lie further apart than --num-envs and --eval-episodes"""
     total_timesteps: int = 10_000_000
-    """environment steps in all, rounded up to whole rollouts"""
+    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count, as everywhere"""
     hidden: tuple[int, ...] = (256, 256)
     """widths of the hidden layers, of the policy and of the value network each"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """where the networks run; gpu is an error where there is none"""
+    """where the networks run, also of a resumed run; gpu is an error where there is none"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Output:
     run_dir: str | None = None
     """folder of the run; by default runs/{env_id}__{script}__{seed}__{unix_time}"""
     resume: str | None = None
-    """folder of an interrupted run to go on with; all other flags are then that run's"""
+    """folder of an interrupted run to go on with; all other flags but --device are then that run's"""
     checkpoint_every: int = 50
     """updates between checkpoints"""
     eval_episodes: int = 50
@@ -166,14 +168,15 @@ def resolve(args: Args) -> Args:
     if not args.hidden or min(args.hidden) < 1:
         fail(f"hidden layers need a width of at least 1, not {args.hidden}")
     if args.num_minibatches is None:
-        fewest = -(-args.batch_size // 512)
-        divisor = next(k for k in range(fewest, args.batch_size + 1) if args.batch_size % k == 0)
-        args = dataclasses.replace(args, num_minibatches=divisor)
-    if args.batch_size % args.num_minibatches:
+        divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
+        args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
+    if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
-             f"{args.num_steps} steps = {args.batch_size} samples")
-    if not args.resume and args.run_dir and Path(args.run_dir).exists():
+             f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
+    if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb")
     if args.device == "gpu" and jax.default_backend() == "cpu":
         fail("--device gpu: JAX finds no GPU; pip install 'jax[cuda12]', or use --device cpu")
     return args
@@ -468,11 +471,20 @@ def init_state(args: Args, networks: Networks, observation_dim: int) -> TrainSta
     return TrainState(params, opt_state, obs_stats, return_stats, jnp.zeros(args.num_envs), key)
 
 
+@partial(jax.jit, static_argnames=("num_steps", "shape"))
+def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int]) -> jax.Array:
+    """Standard normal noise [T, N, A] of a rollout, in one call: drawn step by step it costs as much as the network."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_steps))
+    return jax.vmap(jax.random.normal, (0, None))(keys, shape)
+
+
 @partial(jax.jit, static_argnames="policy")
-def act(policy: Policy, params: dict, obs_stats: Stats, key: jax.Array, observations: jax.Array, t: int) -> jax.Array:
-    """Samples actions [N, A] for raw observations [N, D]; t makes a rollout's steps differ under one key."""
-    pi = distribution(policy.apply(params, normalize(observations, obs_stats)))
-    return pi.sample(seed=jax.random.fold_in(key, t))
+def act(
+    policy: Policy, params: dict, obs_stats: Stats, noise: jax.Array, observations: jax.Array, t: int
+) -> jax.Array:
+    """Samples actions [N, A] for raw observations [N, D] with the noise [T, N, A] of step t."""
+    mean, log_std = policy.apply(params, normalize(observations, obs_stats))
+    return mean + jnp.exp(log_std) * noise[t]
 
 
 @partial(jax.jit, static_argnames="policy")
@@ -604,7 +616,7 @@ def save_checkpoint(
 ) -> None:
     """Saves all that --resume needs after this many updates; the simulator's own state cannot be saved."""
     save_tree(folder / "checkpoint.msgpack", "checkpoint", {
-        "args": plain_args(args), "updates": updates, "state": serialization.to_state_dict(state),
+        "script": SCRIPT, "args": plain_args(args), "updates": updates, "state": serialization.to_state_dict(state),
         "finished": list(cursor.finished), "timing": timing})
 
 
@@ -612,7 +624,9 @@ def check_finite(metrics: dict[str, float], number: int, folder: Path) -> None:
     """Ends the run when a metric is NaN or infinite; the last checkpoint stays as it was."""
     bad = [f"{name} = {value}" for name, value in metrics.items() if not np.isfinite(value)]
     if bad:
-        raise SystemExit(f"error: update {number} gave {bad[0]}; the last good state is {folder}/checkpoint.msgpack")
+        path = folder / "checkpoint.msgpack"
+        rest = f"the last good state is {path}" if path.exists() else "it came before the first checkpoint"
+        raise SystemExit(f"error: update {number} gave {bad[0]}; {rest}")
 
 
 def progress_bar(args: Args, first: int) -> tqdm:
@@ -628,13 +642,13 @@ class Log:
     def __init__(self, folder: Path, args: Args, first_step: int):
         """first_step: where the run goes on; rows after it, of updates that are made again, are dropped."""
         path = folder / "progress.csv"
-        if first_step:
-            header, *rows = path.read_text().splitlines(keepends=True)
-            write_atomic(path, "".join([header] + [x for x in rows if int(x.split(",")[0]) <= first_step]).encode())
+        if first_step and path.exists():
+            header, *rows = path.read_bytes().splitlines(keepends=True) or [b""]
+            write_atomic(path, b"".join([header] + [row for row in rows if int(row.split(b",")[0]) <= first_step]))
         if args.track:
             import wandb
 
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=folder.name,
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=folder.name, resume="allow",
                        config=plain_args(args), sync_tensorboard=True)
         self.file = open(path, "a", newline="", buffering=1)
         self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
@@ -663,7 +677,8 @@ def catch_signals() -> Iterator[list[int]]:
 
     def catch(number: int, frame: Any) -> None:
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
 
     previous = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -705,18 +720,23 @@ def restore(args: Args) -> tuple[Args, dict | None]:
     """With --resume: the flags and the checkpoint of that run, wherever its folder has moved to."""
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    if not args.resume:
+    if args.resume is None:
         return args, None
     saved = load_tree(Path(args.resume, "checkpoint.msgpack"), "checkpoint")
+    if saved.get("script") != SCRIPT:
+        fail(f"{args.resume} is a run of {saved.get('script')}.py; go on with that script")
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
-    return dataclasses.replace(Args(**flags), resume=args.resume), saved
+    try:
+        return dataclasses.replace(Args(**flags), resume=args.resume, device=args.device), saved
+    except TypeError as error:
+        fail(f"{args.resume} was made by another version of {SCRIPT}.py ({error})")
 
 
 def make_folder(args: Args) -> Path:
     """Creates the run's folder, with args.json in it."""
     name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
     folder = Path(args.resume or args.run_dir or f"runs/{name}")
-    if not args.resume:
+    if args.resume is None:
         try:
             folder.mkdir(parents=True)
         except OSError as error:
@@ -752,11 +772,12 @@ def main(args: Args) -> dict[str, float]:
     check_task(args.env_id)
     args = resolve(args)
     first = saved["updates"] if saved else 0
-    envs = make_envs(args.env_id, args.num_envs, args.seed + first)  # a resumed run does not play its first games again
+    envs = make_envs(args.env_id, args.num_envs, args.seed + first * args.num_envs)  # going on, it plays new games
     networks = Networks(Policy(args.hidden, envs.action_space.shape[0]), Value(args.hidden))
     state, cursor = init_state(args, networks, envs.observation_space.shape[0]), start(envs)
     if saved:
         state = jax.tree.map(jnp.array, serialization.from_state_dict(state, saved["state"]))
+        state = state._replace(discounted=jnp.zeros(args.num_envs))  # its episodes are gone with the simulator
         cursor.finished.extend(saved["finished"])
 
     folder = make_folder(args)
@@ -767,7 +788,8 @@ def main(args: Args) -> dict[str, float]:
     with progress_bar(args, first) as bar, catch_signals() as signals:
         for number in range(first + 1, args.num_updates + 1):
             key, rollout_key = jax.random.split(state.key)
-            policy_step = partial(act, networks.policy, state.params["policy"], state.obs_stats, rollout_key)
+            noise = draw_noise(rollout_key, args.num_steps, (args.num_envs, networks.policy.action_dim))
+            policy_step = partial(act, networks.policy, state.params["policy"], state.obs_stats, noise)
             rollout = collect(envs, cursor, policy_step, args.num_steps)
             state, metrics = update(args, networks, state._replace(key=key), rollout)
             metrics = jax.tree.map(float, jax.device_get(metrics))

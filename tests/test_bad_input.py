@@ -61,8 +61,8 @@ BAD = [
     (evaluate, "{t} --episodes 0", "--episodes must lie between 1 and"),
     (evaluate, "{t} --seed -1", "--seed must lie between 0 and"),
     (evaluate, "{t} --video {x}/film.avi", "--video writes .gif or .mp4"),
-    (evaluate, "{t} --video {x}/nowhere/film.gif", "there is no folder for"),
-    (evaluate, "{t} --json {x}/nowhere/out.json", "there is no folder for"),
+    (evaluate, "{t} --video {x}/nowhere/film.gif", "cannot write"),
+    (evaluate, "{t} --json {x}/nowhere/out.json", "cannot write"),
 ]
 
 
@@ -111,7 +111,7 @@ def test_bad_input(m, flags, message, tiny_teacher, spoiled, tmp_path, monkeypat
 def test_a_bad_command_line_ends_quickly_and_without_a_traceback(tmp_path):
     """From the shell, where nothing is imported yet."""
     run = subprocess.run([sys.executable, ROOT / "ppd_mujoco.py", "--env-id", "Hoper-v4"], cwd=tmp_path, capture_output=True,
-                         text=True, timeout=60)
+                         text=True, timeout=300)
     assert run.returncode == 2 and run.stdout == "" and list(tmp_path.iterdir()) == []
     assert run.stderr.startswith("error: unknown MuJoCo task Hoper-v4") and run.stderr.count("\n") == 1
 
@@ -119,6 +119,6 @@ def test_a_bad_command_line_ends_quickly_and_without_a_traceback(tmp_path):
 def test_without_envpool_the_line_says_what_to_install(tmp_path):
     """As on Python 3.12 without EGL, where the import itself fails."""
     (tmp_path / "envpool.py").write_text("raise ImportError('libEGL.so.1: cannot open shared object file')")
-    run = subprocess.run([sys.executable, ROOT / "ppd_mujoco.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    run = subprocess.run([sys.executable, ROOT / "ppd_mujoco.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert run.returncode == 2 and "apt-get install libegl1 libopengl0" in run.stderr and run.stderr.count("\n") == 1

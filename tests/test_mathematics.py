@@ -149,5 +149,20 @@ def test_gradients_are_finite_at_the_extremes(m, log_std, teacher_log_std):
         assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
 
 
+@pytest.mark.parametrize("m", TRAINING, ids=by_name)
+def test_actions_are_samples_of_the_distribution(m):
+    """Noise is drawn for a whole rollout at once; the actions are those that the distribution gives step by step."""
+    policy = m.Policy((8,), 3)
+    params = policy.init(jax.random.PRNGKey(0), jnp.zeros((1, 5)))
+    params["params"]["log_std"] = jnp.array([-1.0, 0.0, 1.0])
+    stats, key = m.Stats(jnp.zeros(5), jnp.ones(5), jnp.float32(1.0)), jax.random.PRNGKey(1)
+    x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    noise = m.draw_noise(key, 6, (4, 3))
+    assert noise.shape == (6, 4, 3)
+    for t in range(6):
+        expected = m.distribution(policy.apply(params, x)).sample(seed=jax.random.fold_in(key, t))
+        np.testing.assert_allclose(m.act(policy, params, stats, noise, x, t), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_distribution_is_distrax():
     assert isinstance(ALL[0].distribution((jnp.zeros(2), jnp.zeros(2))), distrax.Distribution)

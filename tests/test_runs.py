@@ -1,6 +1,7 @@
 """Each script as a user runs it, for a few updates: what it leaves behind, that it repeats itself, stops and goes on."""
 
 import csv
+import ctypes
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import imageio.v3 as imageio
 import jax
 import numpy as np
 import pytest
@@ -108,7 +110,7 @@ def test_a_signal_saves_and_the_run_goes_on(m, number, tmp_path, tiny_teacher):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + number
     assert f"go on with: python {m.__name__}.py --resume {folder}" in message
     done = train_teacher.load_tree(folder / "checkpoint.msgpack", "checkpoint")
@@ -181,6 +183,20 @@ def test_envpool_gives_phantoms_and_collect_marks_them():
     second = m.collect(envs, cursor, lambda observations, t: np.zeros((3, 3), np.float32), 1)
     assert second.phantoms.tolist() == [[True, False, False]]
     assert np.array_equal(second.observations[0], first.observations[-1])
+
+
+def test_a_film_can_be_opened(tiny_teacher, tmp_path):
+    """In a process of its own, as OpenGL must be there before envpool is."""
+    for library in ("libGLdispatch.so.0", "libEGL.so.1", "libOpenGL.so.0"):
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            pytest.skip(f"filming MuJoCo needs {library}: apt-get install libegl1 libopengl0 libgl1-mesa-dri")
+    film = tmp_path / "film.gif"
+    subprocess.run([sys.executable, "evaluate.py", tiny_teacher, "--episodes", "1", "--video", film, "--video-seconds", "0.2"],
+                   cwd=ROOT, check=True, capture_output=True, timeout=300)
+    frames = imageio.imread(film)
+    assert frames.shape == (5, 480, 480, 3) and frames.std() > 10 and (frames[0] != frames[-1]).any()
 
 
 @pytest.mark.parametrize("script", ["train_teacher", "ppd_mujoco", "evaluate"])
