@@ -512,11 +512,14 @@ def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int]) -> jax.Ar
     return jax.vmap(jax.random.normal, (0, None))(keys, shape)
 
 
-@partial(jax.jit, static_argnames="policy")
+@partial(jax.jit, static_argnames="policy", compiler_options={"xla_cpu_multi_thread_eigen": False})
 def act(
     policy: Policy, params: dict, obs_stats: Stats, noise: jax.Array, observations: jax.Array, t: int
 ) -> jax.Array:
-    """Samples actions [N, A] for raw observations [N, D] with the noise [T, N, A] of step t."""
+    """Samples actions [N, A] for raw observations [N, D] with the noise [T, N, A] of step t.
+
+    On a CPU in one thread: so few rows are not worth several, which then spin where the simulator could run.
+    """
     mean, log_std = policy.apply(params, normalize(observations, obs_stats))
     return mean + jnp.exp(log_std) * noise[t]
 
