@@ -619,7 +619,7 @@ def load_tree(path: str | Path, kind: str) -> dict:
     if found[:3] != [FORMAT, VERSION, kind]:
         fail(f"{path} is a {found[2]} file of {found[0]}, version {found[1]}; "
              f"needed is a {kind} file, version {VERSION}")
-    if found[3] != hashlib.sha256(found[4]).hexdigest():
+    if not isinstance(found[4], bytes) or found[3] != hashlib.sha256(found[4]).hexdigest():
         fail(f"{path} is damaged: its checksum does not match")
     return serialization.msgpack_restore(found[4])
 

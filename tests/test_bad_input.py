@@ -35,6 +35,11 @@ BAD = [
     (train_teacher, "--run-dir {x}", "exists; name another folder, or go on with --resume"),
     (train_teacher, "--run-dir {t}/below", "cannot create"),
     (train_teacher, "--resume {x}/nowhere", "cannot read {x}/nowhere/checkpoint.msgpack: No such file or directory"),
+    (train_teacher, "--resume {x}/ppd", "is a run of ppd_mujoco.py; go on with that script"),
+    (train_teacher, "--resume {x}/older", "was made by another version of train_teacher.py"),
+    (train_teacher, "--resume {x}/damaged", "{x}/damaged/checkpoint.msgpack is no checkpoint file of this project"),
+    (train_teacher, "--num-envs 1 --num-steps 8 --num-minibatches 8", "into equal parts of at least 2"),
+    (train_teacher, "--track", "--track needs Weights & Biases: pip install wandb"),
     (train_teacher, "--device gpu", "--device gpu: JAX finds no GPU"),
     (ppd_mujoco, "--env-id Hoper-v4", "unknown MuJoCo task Hoper-v4; did you mean Hopper-v"),
     (ppd_mujoco, "--env-id Walker2d-v4", "no teacher of Walker2d-v4 is shipped; train one with `python train_teacher.py"),
@@ -49,6 +54,8 @@ BAD = [
     (ppd_mujoco, "--teacher {x}/discrete", "is no model of a MuJoCo task"),
     (ppd_mujoco, "--teacher {x}/shapes", "its parameters are not those of the network it describes"),
     (ppd_mujoco, "--teacher {x}/lacking", "is no model of a MuJoCo task: KeyError"),
+    (ppd_mujoco, "--teacher {x}/nameless", "is no model of a MuJoCo task: KeyError 'env_id'"),
+    (ppd_mujoco, "--teacher {x}/elsewhere", "unknown MuJoCo task Hopper-v1"),
     (ppd_mujoco, "--teacher {t} --num-minibatches 5", "--num-minibatches 5 does not divide a rollout of 18 environments x 64"),
     (ppd_mujoco, "--teacher {t} --distill-coef -1", "--distill-coef must lie between 0 and"),
     (ppd_mujoco, "--teacher {t} --distill-coef-final -1", "--distill-coef-final must lie between 0 and"),
@@ -82,6 +89,13 @@ def spoiled(tiny_teacher, tmp_path_factory):
     m.save_tree(folder / "discrete", "model", model | {"network": "impala"})
     m.save_tree(folder / "shapes", "model", model | {"hidden": [8, 9]})
     m.save_tree(folder / "lacking", "model", {k: v for k, v in model.items() if k != "obs_stats"})
+    m.save_tree(folder / "nameless", "model", {k: v for k, v in model.items() if k != "env_id"})
+    m.save_tree(folder / "elsewhere", "model", model | {"env_id": "Hopper-v1"})
+    for name, checkpoint in (("ppd", {"script": "ppd_mujoco"}), ("older", {"script": "train_teacher", "args": {"gone": 1}})):
+        (folder / name).mkdir()
+        m.save_tree(folder / name / "checkpoint.msgpack", "checkpoint", checkpoint)
+    (folder / "damaged").mkdir()
+    (folder / "damaged/checkpoint.msgpack").write_bytes(b"not a checkpoint")
     return folder
 
 

@@ -128,7 +128,16 @@ def test_no_gradient_and_no_update_reaches_the_teacher():
     assert jax.tree.structure(state.params["policy"]) == jax.tree.structure(student_params)
 
 
-def test_normalisation_and_entropy_flags_do_something():
+def test_a_student_of_the_teacher_s_seed_and_size_starts_from_other_weights():
+    args = ppd_mujoco.Args(student_size="same", env_id="Hopper-v4", seed=100)
+    networks = ppd_mujoco.Networks(ppd_mujoco.Policy(args.hidden, 3), ppd_mujoco.Value(args.hidden), None)
+    student = ppd_mujoco.init_state(args, networks, 11).params
+    teacher = train_teacher.init_state(train_teacher.Args(seed=100), train_teacher.Networks(*networks[:2]), 11).params
+    kernels = [x for x in jax.tree.leaves(jax.tree.map(np.array_equal, student, teacher))]
+    assert sum(kernels) == len(jax.tree.leaves(student)) - 6  # the zeros of biases and log_std alone are the same
+
+
+def test_flags_of_learning_do_something():
     rollout = made_up_rollout(np.random.default_rng(0), ppd_mujoco)
     plain = learner(ppd_mujoco)(rollout)
     for flags in ({"kl_direction": "reverse"}, {"clip_coef": 0.01}, {"vf_coef": 0.1}, {"max_grad_norm": 0.01},

@@ -100,7 +100,7 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path, tiny_teacher):
 
 @pytest.mark.parametrize("m", [train_teacher, ppd_mujoco])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_goes_on(m, number, tmp_path, tiny_teacher):
+def test_a_signal_saves_and_the_run_goes_on(m, number, tmp_path, tiny_teacher, monkeypatch):
     folder = tmp_path / "run"
     size = ["--hidden", "8"] if m is train_teacher else ["--student-hidden", "8", "--teacher", str(tiny_teacher)]
     command = [sys.executable, f"{m.__name__}.py", "--env-id", "Hopper-v4", "--num-envs", "4", "--num-steps", "16",
@@ -117,11 +117,15 @@ def test_a_signal_saves_and_the_run_goes_on(m, number, tmp_path, tiny_teacher):
     assert len(rows(folder)) == done["updates"]
     assert not (folder / "results.json").exists()
 
+    assert np.asarray(done["state"]["discounted"]).any()  # of episodes that are gone when the run goes on
     done["args"]["total_timesteps"] = (done["updates"] + 2) * 64  # the rest of a million steps would take long
     train_teacher.save_tree(folder / "checkpoint.msgpack", "checkpoint", done)
     with open(folder / "progress.csv", "a") as file:  # a row of an update after the checkpoint, which will be made again
         file.write(rows(folder) and ",".join([str((done["updates"] + 1) * 64), *list(rows(folder)[-1].values())[1:]]) + "\n")
+    starts, update = [], m.update
+    monkeypatch.setattr(m, "update", lambda *a: starts.append(np.array(a[-2 if m is train_teacher else -3].discounted)) or update(*a))
     m.main(m.Args(resume=str(folder)))
+    assert not starts[0].any() and starts[1].any()
     assert [int(row["global_step"]) for row in rows(folder)] == [64 * (i + 1) for i in range(done["updates"] + 2)]
     assert json.loads((folder / "results.json").read_text())["seconds"] > done["timing"]["seconds"]
 

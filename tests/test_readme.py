@@ -1,0 +1,45 @@
+"""The README's numbers are those of the raw results in the repository, and its commands exist."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+RESULTS = sorted((ROOT / "benchmark/results").rglob("*.json"))
+
+
+def rows(word):
+    return [line for line in README.splitlines() if line.startswith("|") and word in line]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(ROOT / "benchmark/results")))
+def test_every_result_stands_in_the_readme_as_it_was_measured(path):
+    result = json.loads(path.read_text())
+    if "medians" in result:  # benchmark/speed.py
+        figures = [f"{result['medians']['script']:,.0f}", f"{result['medians']['share']:.0%}"]
+        lines = rows(re.search(r"--script (\w+)", result["command"])[1] if "--script" in result["command"] else "ppd_mujoco")
+    else:
+        whom = ("student", "teacher") if "student" in result else ("teacher",)
+        figures = [f"{result[name]['mean']:,.0f} ± {result[name]['std']:,.0f}" for name in whom]
+        figures += [f"{result['ratio']:.3f}"] if "ratio" in result else []
+        lines = rows(result["env_id"])
+    assert any(all(figure in line for figure in figures) for line in lines), figures
+
+
+def test_shipped_teachers_have_their_results():
+    shipped = {path.stem for path in (ROOT / "teachers").glob("*.msgpack")}
+    assert shipped == {path.stem for path in RESULTS if path.parent.name == "teachers"}
+
+
+def test_files_the_readme_links_to_exist():
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_flags_the_readme_names_exist():
+    text = "".join((ROOT / name).read_text() for name in ("train_teacher.py", "ppd_mujoco.py", "evaluate.py", "benchmark/speed.py",
+                                                          "tests/test_shared_blocks.py"))
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)) - {"help", "sync"}:
+        assert re.search(rf"\b{flag.replace('-', '_')}:", text), flag
