@@ -781,10 +781,15 @@ def distill_coef_at(args: Args, fraction: float) -> float:
     return args.distill_coef + fraction * (final - args.distill_coef)
 
 
+def choose_device(device: str) -> None:
+    """Settles where the networks run, before JAX first computes."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # acting is waited for: handing it over only costs time
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+
+
 def restore(args: Args) -> tuple[Args, dict | None]:
     """With --resume: the flags and the checkpoint of that run, wherever its folder has moved to."""
-    if args.device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
     if args.resume is None:
         return args, None
     saved = load_tree(Path(args.resume, "checkpoint.msgpack"), "checkpoint")
@@ -862,6 +867,7 @@ def finish(
 
 def main(args: Args) -> dict[str, float]:
     """Distils a student and evaluates it beside its teacher; returns the single numbers of results.json."""
+    choose_device(args.device)
     args, saved = restore(args)
     args, teacher_policy, original = load_teacher(args)
     args = resolve(args)

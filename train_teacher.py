@@ -719,10 +719,15 @@ def evaluate(policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: i
 # ======================================================================================================================
 
 
+def choose_device(device: str) -> None:
+    """Settles where the networks run, before JAX first computes."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # acting is waited for: handing it over only costs time
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+
+
 def restore(args: Args) -> tuple[Args, dict | None]:
     """With --resume: the flags and the checkpoint of that run, wherever its folder has moved to."""
-    if args.device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
     if args.resume is None:
         return args, None
     saved = load_tree(Path(args.resume, "checkpoint.msgpack"), "checkpoint")
@@ -771,6 +776,7 @@ def finish(
 
 def main(args: Args) -> dict[str, float]:
     """Trains and evaluates a teacher; returns the single numbers of results.json."""
+    choose_device(args.device)
     args, saved = restore(args)
     check_task(args.env_id)
     args = resolve(args)
