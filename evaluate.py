@@ -60,7 +60,6 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-
 def check(args: Args) -> None:
     """Ends the program for flags that cannot work, before anything is written."""
     if not 1 <= args.episodes <= 10**5:

@@ -815,7 +815,8 @@ def load_teacher(args: Args) -> tuple[Args, Policy, Frozen]:
     model, policy, teacher = load_policy(path)
     if args.env_id not in (None, model["env_id"]):
         fail(f"{path} is a teacher of {model['env_id']}, not of {args.env_id}")
-    check_task(model["env_id"])
+    if args.env_id is None:
+        check_task(model["env_id"])
     return dataclasses.replace(args, env_id=model["env_id"]), policy, teacher
 
 

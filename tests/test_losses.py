@@ -37,9 +37,8 @@ def outputs(t):
     return t["mean"], jnp.broadcast_to(t["log_std"], t["mean"].shape)
 
 
-def ppd(t, d, lam, direction, batch=None, ent_coef=None):
-    ent_coef = d["ent_coef"] if ent_coef is None else ent_coef
-    return ppd_mujoco.ppd_loss(outputs(t), t["values"], batch or ppd_batch(d), lam, d["clip_coef"], ent_coef, d["vf_coef"],
+def ppd(t, d, lam, direction, batch=None):
+    return ppd_mujoco.ppd_loss(outputs(t), t["values"], batch or ppd_batch(d), lam, d["clip_coef"], d["ent_coef"], d["vf_coef"],
                                direction)
 
 

@@ -102,7 +102,7 @@ def test_standardized_advantages_ignore_phantoms(m):
     advantages, weights = jnp.array([1.0, 2.0, 3.0, 1e6]), jnp.array([1.0, 1.0, 1.0, 0.0])
     out = np.asarray(m.standardize(advantages, weights))[:3]
     np.testing.assert_allclose(out, np.array([-1.0, 0.0, 1.0]) * np.sqrt(1.5), rtol=1e-5)
-    assert not np.asarray(m.standardize(advantages, jnp.zeros(4))).any() or np.isfinite(out).all()
+    assert np.isfinite(m.standardize(advantages, jnp.zeros(4))).all()  # a minibatch of phantoms alone
 
 
 @pytest.mark.parametrize("m", ALL, ids=by_name)

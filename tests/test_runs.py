@@ -120,8 +120,9 @@ def test_a_signal_saves_and_the_run_goes_on(m, number, tmp_path, tiny_teacher, m
     assert np.asarray(done["state"]["discounted"]).any()  # of episodes that are gone when the run goes on
     done["args"]["total_timesteps"] = (done["updates"] + 2) * 64  # the rest of a million steps would take long
     train_teacher.save_tree(folder / "checkpoint.msgpack", "checkpoint", done)
+    last = list(rows(folder)[-1].values())
     with open(folder / "progress.csv", "a") as file:  # a row of an update after the checkpoint, which will be made again
-        file.write(rows(folder) and ",".join([str((done["updates"] + 1) * 64), *list(rows(folder)[-1].values())[1:]]) + "\n")
+        file.write(",".join([str((done["updates"] + 1) * 64), *last[1:]]) + "\n")
     starts, update = [], m.update
     monkeypatch.setattr(m, "update", lambda *a: starts.append(np.array(a[-2 if m is train_teacher else -3].discounted)) or update(*a))
     m.main(m.Args(resume=str(folder)))
