@@ -3,9 +3,10 @@
     python evaluate.py teachers/Hopper-v4__100.msgpack
     python evaluate.py runs/.../student.msgpack --video hopper.gif
 
-Fifty episodes with deterministic actions and raw rewards; as many environments as episodes, and each one's first
-episode counts, so that short ones are not over-represented. Source: Spigler, "Proximal Policy Distillation", TMLR 2025
-(arXiv 2407.15134), section 4.
+Raw rewards and whole games: 50 episodes with deterministic actions (Atari, MuJoCo), or 200 with sampled actions
+(Procgen) on unseen levels and, apart from them, on those of training. There are as many environments as episodes and
+each one's first episode counts, so that short ones are not over-represented. Source: Spigler, "Proximal Policy
+Distillation", TMLR 2025 (arXiv 2407.15134), section 4.
 """
 
 import ctypes
@@ -14,13 +15,13 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import distrax
 import flax.linen as nn
@@ -36,14 +37,22 @@ from flax import serialization
 # ======================================================================================================================
 
 
+class Network(NamedTuple):
+    """What a network is made of: convolutions, unless it is an MLP, then hidden layers."""
+
+    kind: Literal["mlp", "nature", "impala"]
+    channels: tuple[int, ...]
+    hidden: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Args:
     """All flags of this script."""
 
     model: tyro.conf.Positional[str]
     """model file: teacher.msgpack or student.msgpack of a run, or a shipped teacher"""
-    episodes: int = 50
-    """episodes, one for each of as many environments"""
+    episodes: int | None = None
+    """episodes, one for each of as many environments; the paper's: 50, but 200 on Procgen"""
     seed: int = 0
     """seed of the environments, environment i takes seed + i; a run's own evaluation used that run's seed"""
     json: str | None = None
@@ -62,7 +71,7 @@ def fail(message: str) -> NoReturn:
 
 def check(args: Args) -> None:
     """Ends the program for flags that cannot work, before anything is written."""
-    if not 1 <= args.episodes <= 10**5:
+    if args.episodes is not None and not 1 <= args.episodes <= 10**5:
         fail(f"--episodes must lie between 1 and 100000, not {args.episodes}")
     if not 0 <= args.seed < 10**9:
         fail(f"--seed must lie between 0 and 999999999, not {args.seed}")
@@ -82,9 +91,15 @@ def check(args: Args) -> None:
 # ======================================================================================================================
 
 
-GYM_MUJOCO = ("Ant|HalfCheetah|Hopper|Humanoid|HumanoidStandup|InvertedDoublePendulum|InvertedPendulum|Pusher|Reacher|"
-              "Swimmer|Walker2d")
+SUITES = {"envpool.atari": "atari", "envpool.mujoco.gym": "mujoco", "envpool.procgen": "procgen"}
 EVAL_SEED = 10**9  # what evaluation adds to the seed of its environments, so that it plays other games than training
+
+# Scores of a random and of a human player (Badia et al. 2020), for human-normalised scores
+HUMAN = {
+    "Atlantis": (12850.0, 29028.1), "BeamRider": (363.9, 16926.5), "CrazyClimber": (10780.5, 35829.4),
+    "DemonAttack": (152.1, 1971.0), "Enduro": (0.0, 860.5), "Freeway": (0.0, 29.6), "MsPacman": (307.3, 6951.6),
+    "Pong": (-20.7, 14.6), "Qbert": (163.9, 13455.0), "Seaquest": (68.4, 42054.7), "Zaxxon": (32.5, 9173.3),
+}
 SECONDS_PER_STEP = {"Ant": 0.05, "HalfCheetah": 0.05, "Hopper": 0.008, "Humanoid": 0.015, "HumanoidStandup": 0.015,
                     "InvertedDoublePendulum": 0.05, "InvertedPendulum": 0.04, "Pusher": 0.05, "Reacher": 0.02,
                     "Swimmer": 0.04, "Walker2d": 0.008}
@@ -99,17 +114,68 @@ def import_envpool() -> Any:
     return envpool
 
 
-def check_task(env_id: str) -> None:
-    """Ends the program for a task that is no Gym MuJoCo task of envpool, naming those like it."""
-    known = [name for name in import_envpool().list_all_envs() if re.fullmatch(rf"({GYM_MUJOCO})-v\d+", name)]
+def suite_of(env_id: str) -> str:
+    """The suite of a task: atari, mujoco or procgen; ends the program for other tasks, naming those like it."""
+    specs = import_envpool().registration.registry.specs  # of each task by name: the module it lies in, and more
+    known = {name: SUITES[module] for name, (module, *_) in specs.items() if module in SUITES}
     if env_id not in known:
-        near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3) or known
-        fail(f"unknown MuJoCo task {env_id}; did you mean {', '.join(near)}?")
+        near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)
+        fail(f"unknown task {env_id}; did you mean {', '.join(near or ('Pong-v5', 'Hopper-v4', 'CoinrunEasy-v0'))}?")
+    return known[env_id]
 
 
-def make_envs(env_id: str, num_envs: int, seed: int) -> Any:
+Split = Literal["training", "evaluation", "train_levels"]
+
+
+def task_options(env_id: str, split: Split, frame_skip: int | None, num_levels: int | None) -> dict[str, Any]:
+    """envpool's options for a split of a task.
+
+    Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
+    life ends an episode, but not the game. Procgen: 64x64 coloured images of the first num_levels levels, but of all
+    others in evaluation; train_levels evaluates on those of training.
+    """
+    suite = suite_of(env_id)
+    if suite == "atari":
+        return {"frame_skip": frame_skip, "max_episode_steps": 108_000 // frame_skip,
+                "episodic_life": split == "training"}
+    if suite == "procgen" and split == "evaluation":
+        return {"start_level": num_levels, "num_levels": 2**31 - 1 - num_levels}
+    return {"start_level": 0, "num_levels": num_levels} if suite == "procgen" else {}
+
+
+def make_envs(
+    env_id: str, num_envs: int, seed: int, split: Split, frame_skip: int | None, num_levels: int | None
+) -> Any:
     """Vectorised environments; the seed is given here because envpool ignores reset(seed=)."""
-    return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed)
+    options = task_options(env_id, split, frame_skip, num_levels)
+    try:
+        return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **options)
+    except ImportError:
+        fail(f"{env_id} needs Qt, which envpool's Procgen draws with; on Debian: apt-get install libqt5gui5")
+
+
+def as_stored(observations: np.ndarray) -> np.ndarray:
+    """States [N, D] as float32; images [N, C, H, W] stay uint8."""
+    return observations if observations.dtype == np.uint8 else observations.astype(np.float32)
+
+
+def reset(envs: Any) -> np.ndarray:
+    """The first observations of all environments."""
+    return as_stored(envs.reset()[0])
+
+
+def step(envs: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Observations, and rewards, terminations, truncations and ends of whole games, [N] each.
+
+    actions: [N] int32, or [N, A] of any size: what lies beyond the bounds is clipped here and nowhere else. On Atari a
+    lost life is a termination, but no end of the game; nor is it the end to have no life left.
+    """
+    space = envs.action_space
+    if space.shape:
+        actions = np.clip(actions, space.low, space.high, dtype=space.dtype)
+    observations, rewards, terminations, truncations, info = envs.step(actions)
+    ends = info.get("terminated", terminations).astype(bool) | truncations
+    return as_stored(observations), rewards, terminations, truncations, ends
 
 
 # ======================================================================================================================
@@ -117,26 +183,80 @@ def make_envs(env_id: str, num_envs: int, seed: int) -> Any:
 # ======================================================================================================================
 
 
-class Policy(nn.Module):
-    """Gaussian policy: an MLP with ReLU gives the mean; the log standard deviation does not depend on the state."""
+def torso(network: Network, x: jax.Array) -> jax.Array:
+    """Features [..., F] of normalised states [..., D], or of images [..., C, H, W], uint8.
 
-    hidden: tuple[int, ...]
+    An MLP, Nature-CNN (Mnih et al. 2015) or IMPALA-CNN (Espeholt et al. 2018). Called inside a module's __call__, whose
+    layers these become.
+    """
+    orthogonal = nn.initializers.orthogonal(np.sqrt(2))
+    if network.kind != "mlp":
+        x = jnp.moveaxis(x, -3, -1).astype(jnp.float32) / 255.0
+    if network.kind == "nature":
+        for channels, size, stride in zip(network.channels, (8, 4, 3), (4, 2, 1), strict=True):
+            x = nn.relu(nn.Conv(channels, (size, size), stride, "VALID", kernel_init=orthogonal)(x))
+    if network.kind == "impala":
+        conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=orthogonal)
+        for channels in network.channels:
+            x = max_pool(conv(channels)(x))
+            for _ in range(2):
+                y = conv(channels)(nn.relu(x))
+                x = x + conv(channels)(nn.relu(y))
+        x = nn.relu(x)
+    if network.kind != "mlp":
+        x = x.reshape(*x.shape[:-3], -1)
+    for width in network.hidden:
+        x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))
+    return x
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Maximum over 3x3 windows of x [..., H, W, C], stride 2, with a border of 1: sizes 84, 42, 21, 11.
+
+    As maxima of shifted slices, of columns and then of rows, because XLA's own gradient of pooling is slow on a CPU.
+    """
+    for axis in (x.ndim - 2, x.ndim - 3):
+        size = x.shape[axis]
+        x = jnp.pad(x, [(int(a == axis),) * 2 for a in range(x.ndim)], constant_values=-jnp.inf)
+        x = reduce(jnp.maximum, [jax.lax.slice_in_dim(x, i, i + size, 2, axis) for i in range(3)])
+    return x
+
+
+class Policy(nn.Module):
+    """Gaussian policy of states, whose log standard deviation does not depend on them; categorical policy of images."""
+
+    network: Network
     action_dim: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x: [..., D], normalised. Returns mean and log standard deviation, both [..., A]."""
-        for width in self.hidden:
-            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
-        mean = nn.Dense(self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))(x)
+    def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """x as in `torso`. Returns mean and log standard deviation, both [..., A], or logits [..., A]."""
+        x = torso(self.network, x)
+        output = nn.Dense(self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))(x)
+        if self.network.kind != "mlp":
+            return output
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
-        return mean, jnp.broadcast_to(log_std, mean.shape)
+        return output, jnp.broadcast_to(log_std, output.shape)
 
 
-def distribution(outputs: tuple[jax.Array, jax.Array]) -> distrax.Distribution:
-    """The action distribution that a policy's outputs (mean, log standard deviation; [..., A]) stand for."""
-    mean, log_std = outputs
-    return distrax.MultivariateNormalDiag(mean, jnp.exp(log_std))
+class Value(nn.Module):
+    """State value: a network that shares nothing with the policy."""
+
+    network: Network
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x as in `torso`. Returns values [...]."""
+        x = torso(self.network, x)
+        return nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x).squeeze(-1)
+
+
+def distribution(outputs: jax.Array | tuple[jax.Array, jax.Array]) -> distrax.Distribution:
+    """The action distribution that a policy's outputs stand for."""
+    if isinstance(outputs, tuple):
+        mean, log_std = outputs
+        return distrax.MultivariateNormalDiag(mean, jnp.exp(log_std))
+    return distrax.Categorical(logits=outputs)
 
 
 class Stats(NamedTuple):
@@ -147,22 +267,30 @@ class Stats(NamedTuple):
     count: jax.Array
 
 
-def normalize(observations: jax.Array, stats: Stats) -> jax.Array:
-    """Observations [..., D] less their running mean, over their running standard deviation, clipped to ±10."""
+def normalize(observations: jax.Array, stats: Stats | None) -> jax.Array:
+    """States [..., D] less their running mean, over their running standard deviation, clipped to ±10; images as is."""
+    if stats is None:
+        return observations
     return jnp.clip((observations - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
 class Frozen(NamedTuple):
-    """A policy that does not learn: its parameters, and the observation statistics it stands on."""
+    """A policy that does not learn: its parameters, and the statistics of the states it stands on."""
 
     params: dict
-    obs_stats: Stats
+    obs_stats: Stats | None
 
 
 @partial(jax.jit, static_argnames="policy")
-def act_deterministic(policy: Policy, params: dict, obs_stats: Stats, observations: jax.Array) -> jax.Array:
-    """The most likely actions [N, A] for raw observations [N, D]."""
+def act_deterministic(policy: Policy, params: dict, obs_stats: Stats | None, observations: jax.Array) -> jax.Array:
+    """The most likely actions, [N, A] for raw states or [N] for images."""
     return distribution(policy.apply(params, normalize(observations, obs_stats))).mode()
+
+
+@partial(jax.jit, static_argnames="policy")
+def act_sampled(policy: Policy, params: dict, key: jax.Array, observations: jax.Array, t: int) -> jax.Array:
+    """Sampled actions [N] for images, as the evaluation on Procgen takes them; t: step of the evaluation."""
+    return distribution(policy.apply(params, observations)).sample(seed=jax.random.fold_in(key, t))
 
 
 # ======================================================================================================================
@@ -170,7 +298,17 @@ def act_deterministic(policy: Policy, params: dict, obs_stats: Stats, observatio
 # ======================================================================================================================
 
 
-FORMAT, VERSION = "proximal-policy-distillation", 1
+FORMAT, VERSION = "proximal-policy-distillation", 2
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: a killed run leaves no half of it under this name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def load_tree(path: str | Path, kind: str) -> dict:
@@ -194,16 +332,21 @@ def load_policy(path: str | Path) -> tuple[dict, Policy, Frozen]:
     """Reads a model file: all it holds, its policy network, and that network's parameters and statistics."""
     model = load_tree(path, "model")
     try:
-        policy = Policy(tuple(map(int, model["hidden"])), int(model["action_dim"]))
-        frozen = Frozen(model["params"]["policy"], Stats(**model["obs_stats"]))
-        expected = jax.eval_shape(policy.init, jax.random.PRNGKey(0), jnp.zeros(model["observation_shape"]))
-        if model["network"] != "mlp" or jax.tree.map(jnp.shape, expected) != jax.tree.map(jnp.shape, frozen.params):
+        kind, channels, hidden = (model["network"][name] for name in Network._fields)
+        network = Network(kind, tuple(map(int, channels)), tuple(map(int, hidden)))
+        if kind not in ("mlp", "nature", "impala"):
+            raise ValueError(f"its network is of the kind {kind}")
+        policy, stats = Policy(network, int(model["action_dim"])), model["obs_stats"]
+        frozen = Frozen(model["params"]["policy"], None if stats is None else Stats(**stats))
+        x = jnp.zeros(model["observation_shape"], jnp.float32 if kind == "mlp" else jnp.uint8)
+        expected = jax.eval_shape(policy.init, jax.random.PRNGKey(0), x)
+        if jax.tree.map(jnp.shape, expected) != jax.tree.map(jnp.shape, frozen.params):
             raise ValueError("its parameters are not those of the network it describes")
-        if list(frozen.obs_stats.mean.shape) != list(model["observation_shape"]):
+        if kind == "mlp" and list(frozen.obs_stats.mean.shape) != list(model["observation_shape"]):
             raise ValueError("its observation statistics are not those of its task")
-        _ = [model[name] for name in ("env_id", "role", "command", "evaluation")]
+        _ = [model[name] for name in ("env_id", "role", "command", "evaluation", "args")]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        fail(f"{path} is no model of a MuJoCo task: {type(error).__name__} {error}")
+        fail(f"{path} is no model of this project: {type(error).__name__} {error}")
     return model, policy, jax.tree.map(jnp.asarray, frozen)
 
 
@@ -212,22 +355,50 @@ def load_policy(path: str | Path) -> tuple[dict, Policy, Frozen]:
 # ======================================================================================================================
 
 
-def evaluate(policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int) -> np.ndarray:
-    """Returns [episodes] of the deterministic policy: sums of raw rewards, undiscounted.
+def evaluate(envs: Any, policy_step: Callable) -> np.ndarray:
+    """Returns [N] of one episode in each of N environments: sums of raw rewards, undiscounted.
 
-    There are as many environments as episodes and each one's first episode counts: short ones do not crowd out long.
+    Each environment's first episode counts, so that short ones do not crowd out long; policy_step is as in `collect`.
     """
-    envs = make_envs(env_id, episodes, EVAL_SEED + seed)
-    space, observations = envs.action_space, envs.reset()[0]
-    returns, running = np.zeros(episodes), np.ones(episodes, bool)
+    observations, t = reset(envs), 0
+    returns, running = np.zeros(len(observations)), np.ones(len(observations), bool)
     while running.any():
-        actions = act_deterministic(policy, frozen.params, frozen.obs_stats, observations.astype(np.float32))
-        observations, rewards, terminations, truncations, _ = envs.step(
-            np.clip(np.asarray(actions), space.low, space.high, dtype=space.dtype))
+        observations, rewards, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
         returns += np.where(running, rewards, 0.0)
-        running &= ~(terminations | truncations)
+        running &= ~ends
+        t += 1
     envs.close()
     return returns
+
+
+def evaluation_step(policy: Policy, frozen: Frozen, env_id: str, seed: int) -> Callable:
+    """How a policy acts in evaluation, policy_step(observations, t): the likeliest actions, but sampled on Procgen."""
+    key = jax.random.PRNGKey(seed)
+    if suite_of(env_id) == "procgen":
+        return lambda observations, t: act_sampled(policy, frozen.params, key, observations, t)
+    return lambda observations, t: act_deterministic(policy, frozen.params, frozen.obs_stats, observations)
+
+
+def assess(
+    policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int, frame_skip: int | None,
+    num_levels: int | None,
+) -> dict[str, Any]:
+    """The paper's evaluation of a policy: mean, standard deviation and all returns, in environments of their own seeds.
+
+    On Procgen those of unseen levels, and apart from them those of the training levels; on Atari the human-normalised
+    score as well, where Badia et al. 2020 give one.
+    """
+    result: dict[str, Any] = {}
+    for split in ("evaluation", "train_levels") if suite_of(env_id) == "procgen" else ("evaluation",):
+        envs = make_envs(env_id, episodes, EVAL_SEED + seed, split, frame_skip, num_levels)
+        returns = evaluate(envs, evaluation_step(policy, frozen, env_id, seed))
+        found = {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
+        result |= found if split == "evaluation" else {split: found}
+    game = env_id.split("-")[0]
+    if suite_of(env_id) == "atari" and game in HUMAN:
+        random, human = HUMAN[game]
+        result["human_normalised"] = (result["mean"] - random) / (human - random)
+    return result
 
 
 def load_opengl() -> None:
@@ -239,23 +410,38 @@ def load_opengl() -> None:
         fail(f"filming needs OpenGL ({error}); on Debian: apt-get install libegl1 libopengl0 libgl1-mesa-dri")
 
 
-def film(policy: Policy, frozen: Frozen, env_id: str, seed: int, seconds: float) -> tuple[list[np.ndarray], float]:
+def describe(evaluation: dict) -> str:
+    """One line about an evaluation."""
+    text = f"{evaluation['mean']:>10.1f} ± {evaluation['std']:.1f} ({len(evaluation['returns'])} episodes"
+    if "human_normalised" in evaluation:
+        text += f"; human-normalised {evaluation['human_normalised']:.3f}"
+    if "train_levels" in evaluation:
+        levels = evaluation["train_levels"]
+        text += f"; {levels['mean']:.1f} ± {levels['std']:.1f} on training levels"
+    return text + ")"
+
+
+def film(
+    policy: Policy, frozen: Frozen, env_id: str, seed: int, frame_skip: int | None, num_levels: int | None,
+    seconds: float,
+) -> tuple[list[np.ndarray], float]:
     """Frames [H, W, 3] of the first episode, in real time at about 25 a second, and their exact number a second."""
-    envs = import_envpool().make_gymnasium(env_id, num_envs=1, seed=EVAL_SEED + seed, render_mode="rgb_array")
-    space, observations = envs.action_space, envs.reset()[0]
-    step = SECONDS_PER_STEP[env_id.split("-")[0]]
-    every = max(1, round(0.04 / step))
+    options = task_options(env_id, "evaluation", frame_skip, num_levels)
+    envs = import_envpool().make_gymnasium(
+        env_id, num_envs=1, seed=EVAL_SEED + seed, render_mode="rgb_array", **options)
+    policy_step, observations = evaluation_step(policy, frozen, env_id, seed), reset(envs)
+    duration = {"atari": (frame_skip or 1) / 60, "procgen": 1 / 15}.get(suite_of(env_id)) or SECONDS_PER_STEP[
+        env_id.split("-")[0]]
+    every = max(1, round(0.04 / duration))
     frames = []
-    for t in range(max(1, int(seconds / step))):
+    for t in range(max(1, int(seconds / duration))):
         if t % every == 0:
             frames.append(np.array(envs.render(env_ids=[0])[0]))
-        actions = act_deterministic(policy, frozen.params, frozen.obs_stats, observations.astype(np.float32))
-        observations, _, terminations, truncations, _ = envs.step(
-            np.clip(np.asarray(actions), space.low, space.high, dtype=space.dtype))
-        if terminations[0] or truncations[0]:
+        observations, _, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
+        if ends[0]:
             break
     envs.close()
-    return frames, 1.0 / (step * every)
+    return frames, 1.0 / (duration * every)
 
 
 def write_video(path: str, frames: list[np.ndarray], rate: float) -> None:
@@ -275,22 +461,25 @@ def write_video(path: str, frames: list[np.ndarray], rate: float) -> None:
 def main(args: Args) -> dict[str, float]:
     """Evaluates the model; returns what it prints."""
     check(args)
-    if args.video:
-        load_opengl()
     model, policy, frozen = load_policy(args.model)
-    check_task(model["env_id"])
-    returns = evaluate(policy, frozen, model["env_id"], args.episodes, args.seed)
-    numbers = {"mean": float(returns.mean()), "std": float(returns.std()), "min": float(returns.min()),
-               "median": float(np.median(returns)), "max": float(returns.max())}
-    print(f"{model['env_id']} {model['role']}, hidden layers {'-'.join(map(str, model['hidden']))}: {model['command']}")
-    print(f"{numbers['mean']:.1f} ± {numbers['std']:.1f} over {args.episodes} episodes "
-          f"(min {numbers['min']:.1f}, median {numbers['median']:.1f}, max {numbers['max']:.1f})")
-    print(f"its own run measured {model['evaluation']['mean']:.1f} ± {model['evaluation']['std']:.1f}")
+    if args.video and policy.network.kind == "mlp":
+        load_opengl()
+    env_id, flags, network = model["env_id"], model["args"], policy.network
+    episodes = args.episodes or (200 if suite_of(env_id) == "procgen" else 50)
+    task = (flags.get("frame_skip"), flags.get("num_levels"))
+    evaluation = assess(policy, frozen, env_id, episodes, args.seed, *task)
+    numbers = {"mean": evaluation["mean"], "std": evaluation["std"], "min": min(evaluation["returns"]),
+               "median": float(np.median(evaluation["returns"])), "max": max(evaluation["returns"])}
+    layers = "-".join(map(str, (*network.channels, *network.hidden)))
+    print(f"{env_id} {model['role']}, {network.kind} {layers}: {model['command']}")
+    print(f"{describe(evaluation).strip()}, min {numbers['min']:.1f}, median {numbers['median']:.1f}, "
+          f"max {numbers['max']:.1f}")
+    print(f"its own run measured {describe(model['evaluation']).strip()}")
     if args.json:
-        about = {"env_id": model["env_id"], "command": model["command"], "seed": args.seed}
-        Path(args.json).write_text(json.dumps(about | numbers | {"returns": returns.tolist()}, indent=2) + "\n")
+        about = {"env_id": env_id, "command": model["command"], "seed": args.seed}
+        write_atomic(Path(args.json), (json.dumps(about | numbers | evaluation, indent=2) + "\n").encode())
     if args.video:
-        frames, rate = film(policy, frozen, model["env_id"], args.seed, args.video_seconds)
+        frames, rate = film(policy, frozen, env_id, args.seed, *task, args.video_seconds)
         write_video(args.video, frames, rate)
         print(f"{args.video}: {len(frames)} frames, {rate:.0f} a second")
     return numbers

@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import signal
 import sys
 import time
@@ -213,8 +212,6 @@ def resolve(args: Args) -> Args:
 # Environments
 # ======================================================================================================================
 
-GYM_MUJOCO = ("Ant|HalfCheetah|Hopper|Humanoid|HumanoidStandup|InvertedDoublePendulum|InvertedPendulum|Pusher|Reacher|"
-              "Swimmer|Walker2d")
 EVAL_SEED = 10**9  # what evaluation adds to the seed of its environments, so that it plays other games than training
 
 
@@ -229,7 +226,8 @@ def import_envpool() -> Any:
 
 def check_task(env_id: str) -> None:
     """Ends the program for a task that is no Gym MuJoCo task of envpool, naming those like it."""
-    known = [name for name in import_envpool().list_all_envs() if re.fullmatch(rf"({GYM_MUJOCO})-v\d+", name)]
+    specs = import_envpool().registration.registry.specs  # of each task by name: the module it lies in, and more
+    known = [name for name, (module, *_) in specs.items() if module == "envpool.mujoco.gym"]
     if env_id not in known:
         near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3) or known
         fail(f"unknown MuJoCo task {env_id}; did you mean {', '.join(near)}?")
@@ -240,13 +238,29 @@ def make_envs(env_id: str, num_envs: int, seed: int) -> Any:
     return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed)
 
 
+def reset(envs: Any) -> np.ndarray:
+    """The first observations [N, D] of all environments, float32."""
+    return envs.reset()[0].astype(np.float32)
+
+
+def step(envs: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Observations [N, D], and rewards, terminations, truncations and ends of whole games, [N] each.
+
+    actions: [N, A], of any size; what lies beyond the bounds is clipped here and nowhere else.
+    """
+    space = envs.action_space
+    actions = np.clip(actions, space.low, space.high, dtype=space.dtype)
+    observations, rewards, terminations, truncations, _ = envs.step(actions)
+    return observations.astype(np.float32), rewards, terminations, truncations, terminations | truncations
+
+
 class Cursor(NamedTuple):
     """Where the environments stand between two rollouts; its arrays are updated in place."""
 
     observations: np.ndarray  # [N, D] float32
     dones: np.ndarray  # [N] bool: the last step ended an episode
-    returns: np.ndarray  # [N] float64: sum of the raw rewards of the running episode
-    finished: deque  # such sums of the last 100 finished episodes
+    returns: np.ndarray  # [N] float64: sum of the raw rewards of the running game
+    finished: deque  # such sums of the last 100 finished games
 
 
 class Rollout(NamedTuple):
@@ -262,34 +276,32 @@ class Rollout(NamedTuple):
 
 def start(envs: Any) -> Cursor:
     """Resets all environments."""
-    observations = envs.reset()[0].astype(np.float32)
+    observations = reset(envs)
     return Cursor(observations, np.zeros(len(observations), bool), np.zeros(len(observations)), deque(maxlen=100))
 
 
 def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) -> Rollout:
-    """Steps the environments `num_steps` times with actions [N, A] = policy_step(observations [N, D], t).
+    """Steps the N environments `num_steps` times with the actions that policy_step(observations, t) gives.
 
     envpool resets on the step after an episode's end: that step ignores its action and gives the reset observation with
     reward 0. It is no transition of the task; such phantoms are marked, and have weight 0 wherever they could count.
     """
-    space, n = envs.action_space, len(cursor.dones)
-    observations = np.empty((num_steps + 1, *cursor.observations.shape), np.float32)
-    actions = np.empty((num_steps, n, *space.shape), np.float32)
-    rewards = np.empty((num_steps, n), np.float32)
-    terminations, truncations, phantoms = np.empty((3, num_steps, n), bool)
+    observations = np.empty((num_steps + 1, *cursor.observations.shape), cursor.observations.dtype)
+    rewards = np.empty((num_steps, len(cursor.dones)), np.float32)
+    terminations, truncations, phantoms = np.empty((3, *rewards.shape), bool)
+    actions = []
     observations[0] = cursor.observations
     for t in range(num_steps):
         phantoms[t] = cursor.dones
-        actions[t] = policy_step(observations[t], t)
-        observations[t + 1], rewards[t], terminations[t], truncations[t], _ = envs.step(
-            np.clip(actions[t], space.low, space.high, dtype=space.dtype))
+        actions.append(np.asarray(policy_step(observations[t], t)))
+        observations[t + 1], rewards[t], terminations[t], truncations[t], ends = step(envs, actions[t])
         np.logical_or(terminations[t], truncations[t], out=cursor.dones)
         cursor.returns[:] += rewards[t]
-        if cursor.dones.any():
-            cursor.finished.extend(cursor.returns[cursor.dones])
-            cursor.returns[cursor.dones] = 0.0
+        if ends.any():
+            cursor.finished.extend(cursor.returns[ends])
+            cursor.returns[ends] = 0.0
     cursor.observations[:] = observations[-1]
-    return Rollout(observations, actions, rewards, terminations, truncations, phantoms)
+    return Rollout(observations, np.stack(actions), rewards, terminations, truncations, phantoms)
 
 
 # ======================================================================================================================
@@ -506,10 +518,14 @@ def init_state(args: Args, networks: Networks, observation_dim: int) -> TrainSta
 
 
 @partial(jax.jit, static_argnames=("num_steps", "shape"))
-def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int]) -> jax.Array:
-    """Standard normal noise [T, N, A] of a rollout, in one call: drawn step by step it costs as much as the network."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_steps))
-    return jax.vmap(jax.random.normal, (0, None))(keys, shape)
+def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """The key to go on with, and standard normal noise [T, N, A] of a rollout.
+
+    It is drawn in one call, because drawn step by step it costs as much as the network.
+    """
+    key, rollout_key = jax.random.split(key)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rollout_key, jnp.arange(num_steps))
+    return key, jax.vmap(jax.random.normal, (0, None))(keys, shape)
 
 
 @partial(jax.jit, static_argnames="policy", compiler_options={"xla_cpu_multi_thread_eigen": False})
@@ -535,8 +551,8 @@ def update(
     args: Args, networks: Networks, teacher: Frozen, state: TrainState, rollout: Rollout, distill_coef: float
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Learns from one rollout; returns the new state and the means of all minibatches' metrics."""
-    rollout = Rollout(*(jnp.asarray(x, jnp.float32) for x in rollout))
-    dones, weights = jnp.maximum(rollout.terminations, rollout.truncations), 1.0 - rollout.phantoms
+    rewards, terminations, truncations, phantoms = (jnp.asarray(x, jnp.float32) for x in rollout[2:])
+    dones, weights = jnp.maximum(terminations, truncations), 1.0 - phantoms
 
     # The parameters are still those of the rollout, so its values and log-probabilities are one batched call
     observations = normalize(rollout.observations, teacher.obs_stats)
@@ -544,11 +560,10 @@ def update(
     log_probs = distribution(networks.policy.apply(state.params["policy"], observations[:-1])).log_prob(rollout.actions)
     teacher_outputs = networks.teacher.apply(teacher.params, observations[:-1])  # PPD: once a rollout, for all epochs
 
-    discounted, sums = discount_forward(rollout.rewards, dones, state.discounted, args.gamma)
+    discounted, sums = discount_forward(rewards, dones, state.discounted, args.gamma)
     return_stats = update_stats(state.return_stats, sums.reshape(-1), weights.reshape(-1))
-    rewards = jnp.clip(rollout.rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
-    advantages, returns = compute_gae(
-        rewards, values, rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda)
+    rewards = jnp.clip(rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
+    advantages, returns = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
 
     batch = Batch(observations[:-1], rollout.actions, log_probs, advantages, returns, weights, teacher_outputs)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
@@ -582,7 +597,7 @@ def update(
 # ======================================================================================================================
 
 SCRIPT = Path(__file__).stem
-FORMAT, VERSION = "proximal-policy-distillation", 1
+FORMAT, VERSION = "proximal-policy-distillation", 2
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -628,10 +643,12 @@ def load_policy(path: str | Path) -> tuple[dict, Policy, Frozen]:
     """Reads a model file: all it holds, its policy network, and that network's parameters and statistics."""
     model = load_tree(path, "model")
     try:
-        policy = Policy(tuple(map(int, model["hidden"])), int(model["action_dim"]))
+        policy = Policy(tuple(map(int, model["network"]["hidden"])), int(model["action_dim"]))
         frozen = Frozen(model["params"]["policy"], Stats(**model["obs_stats"]))
         expected = jax.eval_shape(policy.init, jax.random.PRNGKey(0), jnp.zeros(model["observation_shape"]))
-        if model["network"] != "mlp" or jax.tree.map(jnp.shape, expected) != jax.tree.map(jnp.shape, frozen.params):
+        if model["network"]["kind"] != "mlp":
+            raise ValueError(f"its network is of the kind {model['network']['kind']}")
+        if jax.tree.map(jnp.shape, expected) != jax.tree.map(jnp.shape, frozen.params):
             raise ValueError("its parameters are not those of the network it describes")
         if list(frozen.obs_stats.mean.shape) != list(model["observation_shape"]):
             raise ValueError("its observation statistics are not those of its task")
@@ -745,22 +762,27 @@ def catch_signals() -> Iterator[list[int]]:
 # ======================================================================================================================
 
 
-def evaluate(policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int) -> np.ndarray:
-    """Returns [episodes] of the deterministic policy: sums of raw rewards, undiscounted.
+def evaluate(envs: Any, policy_step: Callable) -> np.ndarray:
+    """Returns [N] of one episode in each of N environments: sums of raw rewards, undiscounted.
 
-    There are as many environments as episodes and each one's first episode counts: short ones do not crowd out long.
+    Each environment's first episode counts, so that short ones do not crowd out long; policy_step is as in `collect`.
     """
-    envs = make_envs(env_id, episodes, EVAL_SEED + seed)
-    space, observations = envs.action_space, envs.reset()[0]
-    returns, running = np.zeros(episodes), np.ones(episodes, bool)
+    observations, t = reset(envs), 0
+    returns, running = np.zeros(len(observations)), np.ones(len(observations), bool)
     while running.any():
-        actions = act_deterministic(policy, frozen.params, frozen.obs_stats, observations.astype(np.float32))
-        observations, rewards, terminations, truncations, _ = envs.step(
-            np.clip(np.asarray(actions), space.low, space.high, dtype=space.dtype))
+        observations, rewards, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
         returns += np.where(running, rewards, 0.0)
-        running &= ~(terminations | truncations)
+        running &= ~ends
+        t += 1
     envs.close()
     return returns
+
+
+def assess(args: Args, policy: Policy, frozen: Frozen) -> dict[str, Any]:
+    """The paper's evaluation of a policy: deterministic actions in --eval-episodes environments of their own seeds."""
+    envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed)
+    returns = evaluate(envs, lambda x, t: act_deterministic(policy, frozen.params, frozen.obs_stats, x))
+    return {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
 
 
 # ======================================================================================================================
@@ -844,22 +866,21 @@ def finish(
     players = {"student": (networks.policy, student), "teacher": (networks.teacher, original)}
     if args.teacher_noise_std:
         players["corrupted_teacher"] = (networks.teacher, teacher)
-    returns = {name: evaluate(*player, args.env_id, args.eval_episodes, args.seed) for name, player in players.items()}
-    numbers = {name: float(x.mean()) for name, x in returns.items()} | timing
+    evaluations = {name: assess(args, *player) for name, player in players.items()}
+    numbers = {name: x["mean"] for name, x in evaluations.items()} | timing
     numbers["ratio"] = numbers["student"] / numbers["teacher"] if numbers["teacher"] > 0 else float("nan")
 
-    about = {"env_id": args.env_id, "script": SCRIPT, "hidden": list(args.hidden), "args": plain_args(args),
+    network = {"kind": "mlp", "channels": [], "hidden": list(args.hidden)}
+    about = {"env_id": args.env_id, "script": SCRIPT, "network": network, "args": plain_args(args),
              "command": command_line(args), "versions": versions()}
-    evaluations = {name: {"mean": numbers[name], "std": float(x.std()), "returns": x.tolist()}
-                   for name, x in returns.items()}
     ratio = {"ratio": numbers["ratio"] if numbers["teacher"] > 0 else None}  # of what is negative it would say nothing
     write_json(folder / "results.json", about | timing | ratio | evaluations)
     save_tree(folder / "student.msgpack", "model", about | {
-        "role": "student", "network": "mlp", "action_dim": networks.policy.action_dim,
+        "role": "student", "action_dim": networks.policy.action_dim,
         "observation_shape": list(teacher.obs_stats.mean.shape), "params": state.params,
         "obs_stats": teacher.obs_stats._asdict(), "evaluation": evaluations["student"]})
-    for name, x in returns.items():
-        print(f"{name.replace('_', ' '):<18} {x.mean():>10.1f} ± {x.std():.1f} ({len(x)} episodes)")
+    for name, x in evaluations.items():
+        print(f"{name.replace('_', ' '):<18} {x['mean']:>10.1f} ± {x['std']:.1f} ({len(x['returns'])} episodes)")
     print(f"{'student / teacher':<18} {numbers['ratio']:>10.3f}")
     print(f"{'steps per second':<18} {timing['SPS']:>10.0f}")
     print(f"{'files':<18} {folder}")
@@ -889,8 +910,7 @@ def main(args: Args) -> dict[str, float]:
     before = timing["seconds"]
     with progress_bar(args, first) as bar, catch_signals() as signals:
         for number in range(first + 1, args.num_updates + 1):
-            key, rollout_key = jax.random.split(state.key)
-            noise = draw_noise(rollout_key, args.num_steps, (args.num_envs, networks.policy.action_dim))
+            key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, networks.policy.action_dim))
             policy_step = partial(act, networks.policy, state.params["policy"], teacher.obs_stats, noise)
             rollout = collect(envs, cursor, policy_step, args.num_steps)
             distill_coef = distill_coef_at(args, (number - 1) / max(1, args.num_updates - 1))
@@ -898,7 +918,7 @@ def main(args: Args) -> dict[str, float]:
             metrics = jax.tree.map(float, jax.device_get(metrics))
             check_finite(metrics, number, folder)
 
-            now, step = time.time(), number * args.batch_size
+            now, steps = time.time(), number * args.batch_size
             if number == first + 1:
                 timing["SPS"], compiled = args.batch_size / (now - began), now
             else:  # the first update compiled; the speed is that of those after it
@@ -906,7 +926,7 @@ def main(args: Args) -> dict[str, float]:
             timing["seconds"] = before + now - began
             episodic_return = float(np.mean(cursor.finished)) if cursor.finished else float("nan")
             charts = {"charts/episodic_return": episodic_return, "charts/SPS": timing["SPS"]}
-            log.write(step, timing["seconds"], charts | metrics)
+            log.write(steps, timing["seconds"], charts | metrics)
             bar.set_postfix_str(f"return {episodic_return:.0f}, KL {metrics['losses/teacher_kl']:.3f}", refresh=False)
             bar.update(args.batch_size)
             if number % args.checkpoint_every == 0 or number == args.num_updates or signals:

@@ -1,4 +1,4 @@
-"""Trains a teacher with PPO: the expert that Proximal Policy Distillation (PPD) distils from.
+"""Trains a teacher with PPO on Atari, MuJoCo or Procgen: the expert that Proximal Policy Distillation (PPD) needs.
 
     python train_teacher.py --env-id Hopper-v4 --seed 100
 
@@ -7,9 +7,9 @@ Each iteration collects a rollout with the policy, estimates advantages A, and o
     maximises  E[ min(r A, clip(r, 1-ε, 1+ε) A) + α entropy ]
     minimises  E[ (V(s) - R)² ]                              with r = π(a|s) / π_old(a|s).
 
-Observations are normalised by their running mean and standard deviation, whose final values are frozen in the file of
-the teacher; rewards, in training only, by the running standard deviation of their discounted sum. Source: Schulman et
-al. 2017, with the hyperparameters of Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), A.2.
+States (MuJoCo) are normalised by their running mean and standard deviation, whose final values are frozen in the file
+of the teacher; rewards, in training only, by the running standard deviation of their discounted sum. Source: Schulman
+et al. 2017, with the hyperparameters of Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), A.2.
 """
 
 import csv
@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import signal
 import sys
 import time
@@ -28,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -49,20 +48,51 @@ from tqdm import tqdm
 # ======================================================================================================================
 
 
+class Network(NamedTuple):
+    """What a network is made of: convolutions, unless it is an MLP, then hidden layers."""
+
+    kind: Literal["mlp", "nature", "impala"]
+    channels: tuple[int, ...]
+    hidden: tuple[int, ...]
+
+
+CONVOLUTIONAL = {
+    "smaller": Network("nature", (32, 64, 64), (64,)),
+    "same": Network("impala", (16, 32, 32), (256,)),
+    "larger": Network("impala", (32, 64, 64), (1024,)),
+}
+NETWORKS = {
+    "atari": CONVOLUTIONAL,
+    "mujoco": {name: Network("mlp", (), hidden)
+               for name, hidden in {"smaller": (128, 64), "same": (256, 256), "larger": (512, 512)}.items()},
+    "procgen": CONVOLUTIONAL,
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learned, and where."""
 
     env_id: str = "Hopper-v4"
-    """task, by envpool's name: Ant-v4, HalfCheetah-v4, Hopper-v4, Humanoid-v4, Swimmer-v4 (the paper's) or another Gym
-    MuJoCo task"""
+    """task, by envpool's name: an Atari game (Pong-v5, ...), a Gym MuJoCo task (Hopper-v4, ...) or a Procgen game
+    (CoinrunEasy-v0, ...)"""
     seed: int = 100
     """seed of networks, actions, minibatches and environments (the paper's: 100, 200, 300, 400, 500); environment i
     takes seed + i, so seeds of one study should lie further apart than --num-envs and --eval-episodes"""
-    total_timesteps: int = 10_000_000
-    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count, as everywhere"""
-    hidden: tuple[int, ...] = (256, 256)
-    """widths of the hidden layers, of the policy and of the value network each"""
+    total_timesteps: int | None = None
+    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count, as everywhere; the paper's:
+    10 million, but 30 on Procgen"""
+    size: Literal["smaller", "same", "larger"] = "same"
+    """networks of policy and value: same is the paper's for teachers, an MLP of 256-256 units (MuJoCo) or IMPALA-CNN
+    with 16, 32, 32 filters and 256 units; smaller and larger are its students'"""
+    channels: tuple[int, int, int] | None = None
+    """filters of the three convolutions (Nature-CNN) or stages (IMPALA-CNN); overrides --size"""
+    hidden: tuple[int, ...] | None = None
+    """widths of the hidden layers; overrides --size"""
+    frame_skip: int = 4
+    """frames for which each action is repeated (Atari); the paper's text says 1, its code and scores 4"""
+    num_levels: int = 200
+    """levels to learn on (Procgen), the first ones; all others are for the test"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """where the networks run, also of a resumed run; gpu is an error where there is none"""
 
@@ -76,7 +106,7 @@ class PPO:
     num_envs: int = 18
     """environments stepped in parallel (N)"""
     num_steps: int | None = None
-    """steps of each environment in a rollout (T); the paper's: 512, but 256 for Hopper and Swimmer"""
+    """steps of each environment in a rollout (T); the paper's: 256 on Atari, Hopper and Swimmer, else 512"""
     num_minibatches: int | None = None
     """minibatches of an epoch, a divisor of N*T; by default the fewest of at most 512 samples"""
     update_epochs: int = 4
@@ -88,7 +118,7 @@ class PPO:
     clip_coef: float = 0.2
     """clipping range of the probability ratio (ε)"""
     ent_coef: float | None = None
-    """weight of the entropy bonus (α); the paper's: 0, but 0.01 for Hopper and Swimmer"""
+    """weight of the entropy bonus (α); the paper's: 0.01 on Atari, Procgen, Hopper and Swimmer, else 0"""
     vf_coef: float = 0.5
     """weight of the value loss, a plain mean squared error"""
     max_grad_norm: float = 0.5
@@ -105,8 +135,9 @@ class Output:
     """folder of an interrupted run to go on with; all other flags but --device are then that run's"""
     checkpoint_every: int = 50
     """updates between checkpoints"""
-    eval_episodes: int = 50
-    """episodes of the final evaluation, with deterministic actions and raw rewards"""
+    eval_episodes: int | None = None
+    """episodes of the final evaluation, with raw rewards; the paper's: 50 with deterministic actions, but 200 with
+    sampled ones on Procgen"""
     track: bool = False
     """log to Weights & Biases as well (pip install wandb)"""
     wandb_project_name: str = "ppd"
@@ -120,6 +151,12 @@ class Args(Output, PPO, Task):
     """All flags; the command line groups them by the classes above."""
 
     @property
+    def network(self) -> Network:
+        """The networks of policy and value (appendix A.2)."""
+        network = NETWORKS[suite_of(self.env_id)][self.size]
+        return Network(network.kind, self.channels or network.channels, self.hidden or network.hidden)
+
+    @property
     def batch_size(self) -> int:
         """Samples of a rollout, N*T."""
         return self.num_envs * self.num_steps
@@ -130,8 +167,12 @@ class Args(Output, PPO, Task):
         return -(-self.total_timesteps // self.batch_size)
 
 
-# The paper's defaults (appendix A.2): of each task, and of those it does not have
-PAPER = {"num_steps": 512, "ent_coef": 0.0}
+# The paper's defaults (appendix A.2): of each suite, and of the tasks that differ from theirs
+PAPER = {
+    "atari": {"total_timesteps": 10_000_000, "num_steps": 256, "ent_coef": 0.01, "eval_episodes": 50},
+    "mujoco": {"total_timesteps": 10_000_000, "num_steps": 512, "ent_coef": 0.0, "eval_episodes": 50},
+    "procgen": {"total_timesteps": 30_000_000, "num_steps": 512, "ent_coef": 0.01, "eval_episodes": 200},
+}
 PAPER_TASKS = {"Hopper": {"num_steps": 256, "ent_coef": 0.01}, "Swimmer": {"num_steps": 256, "ent_coef": 0.01}}
 
 # Flags that must lie in a range, both ends included
@@ -140,6 +181,7 @@ RANGES = {
     "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "eval_episodes": (1, 10**5), "seed": (0, 10**9 - 1),
     "learning_rate": (0, 1e3), "gamma": (0, 1), "gae_lambda": (0, 1),
     "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
+    "frame_skip": (1, 100), "num_levels": (1, 10**9),
 }
 
 
@@ -159,14 +201,17 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def resolve(args: Args) -> Args:
     """Fills in the task's defaults; ends the program for flags that cannot work, before anything is written."""
-    paper = PAPER_TASKS.get(args.env_id.split("-")[0], PAPER)
+    suite = suite_of(args.env_id)
+    paper = PAPER[suite] | PAPER_TASKS.get(args.env_id.split("-")[0], {})
     args = dataclasses.replace(args, **{name: value for name, value in paper.items() if getattr(args, name) is None})
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    if not args.hidden or min(args.hidden) < 1:
-        fail(f"hidden layers need a width of at least 1, not {args.hidden}")
+    if suite == "mujoco" and args.channels is not None:
+        fail(f"--channels is for networks of images; {args.env_id} has states")
+    if min(args.network.channels + args.network.hidden) < 1:
+        fail(f"layers need a width of at least 1, not {args.network.channels} and {args.network.hidden}")
     if args.num_minibatches is None:
         divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
         args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
@@ -186,9 +231,15 @@ def resolve(args: Args) -> Args:
 # Environments
 # ======================================================================================================================
 
-GYM_MUJOCO = ("Ant|HalfCheetah|Hopper|Humanoid|HumanoidStandup|InvertedDoublePendulum|InvertedPendulum|Pusher|Reacher|"
-              "Swimmer|Walker2d")
+SUITES = {"envpool.atari": "atari", "envpool.mujoco.gym": "mujoco", "envpool.procgen": "procgen"}
 EVAL_SEED = 10**9  # what evaluation adds to the seed of its environments, so that it plays other games than training
+
+# Scores of a random and of a human player (Badia et al. 2020), for human-normalised scores
+HUMAN = {
+    "Atlantis": (12850.0, 29028.1), "BeamRider": (363.9, 16926.5), "CrazyClimber": (10780.5, 35829.4),
+    "DemonAttack": (152.1, 1971.0), "Enduro": (0.0, 860.5), "Freeway": (0.0, 29.6), "MsPacman": (307.3, 6951.6),
+    "Pong": (-20.7, 14.6), "Qbert": (163.9, 13455.0), "Seaquest": (68.4, 42054.7), "Zaxxon": (32.5, 9173.3),
+}
 
 
 def import_envpool() -> Any:
@@ -200,33 +251,84 @@ def import_envpool() -> Any:
     return envpool
 
 
-def check_task(env_id: str) -> None:
-    """Ends the program for a task that is no Gym MuJoCo task of envpool, naming those like it."""
-    known = [name for name in import_envpool().list_all_envs() if re.fullmatch(rf"({GYM_MUJOCO})-v\d+", name)]
+def suite_of(env_id: str) -> str:
+    """The suite of a task: atari, mujoco or procgen; ends the program for other tasks, naming those like it."""
+    specs = import_envpool().registration.registry.specs  # of each task by name: the module it lies in, and more
+    known = {name: SUITES[module] for name, (module, *_) in specs.items() if module in SUITES}
     if env_id not in known:
-        near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3) or known
-        fail(f"unknown MuJoCo task {env_id}; did you mean {', '.join(near)}?")
+        near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)
+        fail(f"unknown task {env_id}; did you mean {', '.join(near or ('Pong-v5', 'Hopper-v4', 'CoinrunEasy-v0'))}?")
+    return known[env_id]
 
 
-def make_envs(env_id: str, num_envs: int, seed: int) -> Any:
+Split = Literal["training", "evaluation", "train_levels"]
+
+
+def task_options(env_id: str, split: Split, frame_skip: int | None, num_levels: int | None) -> dict[str, Any]:
+    """envpool's options for a split of a task.
+
+    Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
+    life ends an episode, but not the game. Procgen: 64x64 coloured images of the first num_levels levels, but of all
+    others in evaluation; train_levels evaluates on those of training.
+    """
+    suite = suite_of(env_id)
+    if suite == "atari":
+        return {"frame_skip": frame_skip, "max_episode_steps": 108_000 // frame_skip,
+                "episodic_life": split == "training"}
+    if suite == "procgen" and split == "evaluation":
+        return {"start_level": num_levels, "num_levels": 2**31 - 1 - num_levels}
+    return {"start_level": 0, "num_levels": num_levels} if suite == "procgen" else {}
+
+
+def make_envs(
+    env_id: str, num_envs: int, seed: int, split: Split, frame_skip: int | None, num_levels: int | None
+) -> Any:
     """Vectorised environments; the seed is given here because envpool ignores reset(seed=)."""
-    return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed)
+    options = task_options(env_id, split, frame_skip, num_levels)
+    try:
+        return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **options)
+    except ImportError:
+        fail(f"{env_id} needs Qt, which envpool's Procgen draws with; on Debian: apt-get install libqt5gui5")
+
+
+def as_stored(observations: np.ndarray) -> np.ndarray:
+    """States [N, D] as float32; images [N, C, H, W] stay uint8."""
+    return observations if observations.dtype == np.uint8 else observations.astype(np.float32)
+
+
+def reset(envs: Any) -> np.ndarray:
+    """The first observations of all environments."""
+    return as_stored(envs.reset()[0])
+
+
+def step(envs: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Observations, and rewards, terminations, truncations and ends of whole games, [N] each.
+
+    actions: [N] int32, or [N, A] of any size: what lies beyond the bounds is clipped here and nowhere else. On Atari a
+    lost life is a termination, but no end of the game; nor is it the end to have no life left.
+    """
+    space = envs.action_space
+    if space.shape:
+        actions = np.clip(actions, space.low, space.high, dtype=space.dtype)
+    observations, rewards, terminations, truncations, info = envs.step(actions)
+    ends = info.get("terminated", terminations).astype(bool) | truncations
+    return as_stored(observations), rewards, terminations, truncations, ends
 
 
 class Cursor(NamedTuple):
     """Where the environments stand between two rollouts; its arrays are updated in place."""
 
-    observations: np.ndarray  # [N, D] float32
+    observations: np.ndarray  # [N, D] float32 or [N, C, H, W] uint8
     dones: np.ndarray  # [N] bool: the last step ended an episode
-    returns: np.ndarray  # [N] float64: sum of the raw rewards of the running episode
-    finished: deque  # such sums of the last 100 finished episodes
+    returns: np.ndarray  # [N] float64: sum of the raw rewards of the running game
+    finished: deque  # such sums of the last 100 finished games
 
 
 class Rollout(NamedTuple):
     """T steps of N environments, time first."""
 
-    observations: np.ndarray  # [T+1, N, D] float32
-    actions: np.ndarray  # [T, N, A] float32, as sampled, before clipping to the bounds
+    observations: np.ndarray  # [T+1, N, D] float32 or [T+1, N, C, H, W] uint8
+    actions: np.ndarray  # [T, N] int32, or [T, N, A] float32 as sampled, before clipping to the bounds
     rewards: np.ndarray  # [T, N] float32
     terminations: np.ndarray  # [T, N] bool
     truncations: np.ndarray  # [T, N] bool
@@ -235,34 +337,32 @@ class Rollout(NamedTuple):
 
 def start(envs: Any) -> Cursor:
     """Resets all environments."""
-    observations = envs.reset()[0].astype(np.float32)
+    observations = reset(envs)
     return Cursor(observations, np.zeros(len(observations), bool), np.zeros(len(observations)), deque(maxlen=100))
 
 
 def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) -> Rollout:
-    """Steps the environments `num_steps` times with actions [N, A] = policy_step(observations [N, D], t).
+    """Steps the N environments `num_steps` times with the actions that policy_step(observations, t) gives.
 
     envpool resets on the step after an episode's end: that step ignores its action and gives the reset observation with
     reward 0. It is no transition of the task; such phantoms are marked, and have weight 0 wherever they could count.
     """
-    space, n = envs.action_space, len(cursor.dones)
-    observations = np.empty((num_steps + 1, *cursor.observations.shape), np.float32)
-    actions = np.empty((num_steps, n, *space.shape), np.float32)
-    rewards = np.empty((num_steps, n), np.float32)
-    terminations, truncations, phantoms = np.empty((3, num_steps, n), bool)
+    observations = np.empty((num_steps + 1, *cursor.observations.shape), cursor.observations.dtype)
+    rewards = np.empty((num_steps, len(cursor.dones)), np.float32)
+    terminations, truncations, phantoms = np.empty((3, *rewards.shape), bool)
+    actions = []
     observations[0] = cursor.observations
     for t in range(num_steps):
         phantoms[t] = cursor.dones
-        actions[t] = policy_step(observations[t], t)
-        observations[t + 1], rewards[t], terminations[t], truncations[t], _ = envs.step(
-            np.clip(actions[t], space.low, space.high, dtype=space.dtype))
+        actions.append(np.asarray(policy_step(observations[t], t)))
+        observations[t + 1], rewards[t], terminations[t], truncations[t], ends = step(envs, actions[t])
         np.logical_or(terminations[t], truncations[t], out=cursor.dones)
         cursor.returns[:] += rewards[t]
-        if cursor.dones.any():
-            cursor.finished.extend(cursor.returns[cursor.dones])
-            cursor.returns[cursor.dones] = 0.0
+        if ends.any():
+            cursor.finished.extend(cursor.returns[ends])
+            cursor.returns[ends] = 0.0
     cursor.observations[:] = observations[-1]
-    return Rollout(observations, actions, rewards, terminations, truncations, phantoms)
+    return Rollout(observations, np.stack(actions), rewards, terminations, truncations, phantoms)
 
 
 # ======================================================================================================================
@@ -270,39 +370,115 @@ def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) ->
 # ======================================================================================================================
 
 
-class Policy(nn.Module):
-    """Gaussian policy: an MLP with ReLU gives the mean; the log standard deviation does not depend on the state."""
+def torso(network: Network, x: jax.Array) -> jax.Array:
+    """Features [..., F] of normalised states [..., D], or of images [..., C, H, W], uint8.
 
-    hidden: tuple[int, ...]
+    An MLP, Nature-CNN (Mnih et al. 2015) or IMPALA-CNN (Espeholt et al. 2018). Called inside a module's __call__, whose
+    layers these become.
+    """
+    orthogonal = nn.initializers.orthogonal(np.sqrt(2))
+    if network.kind != "mlp":
+        x = jnp.moveaxis(x, -3, -1).astype(jnp.float32) / 255.0
+    if network.kind == "nature":
+        for channels, size, stride in zip(network.channels, (8, 4, 3), (4, 2, 1), strict=True):
+            x = nn.relu(nn.Conv(channels, (size, size), stride, "VALID", kernel_init=orthogonal)(x))
+    if network.kind == "impala":
+        ours = (lambda x, kernel, *_, **__: convolve(x, kernel)) if jax.default_backend() == "cpu" else None
+        conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=orthogonal, conv_general_dilated=ours)
+        for channels in network.channels:
+            x = max_pool(conv(channels)(x))
+            for _ in range(2):
+                y = conv(channels)(nn.relu(x))
+                x = x + conv(channels)(nn.relu(y))
+        x = nn.relu(x)
+    if network.kind != "mlp":
+        x = x.reshape(*x.shape[:-3], -1)
+    for width in network.hidden:
+        x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))
+    return x
+
+
+@jax.custom_vjp
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution of x [B, H, W, C] with a kernel [3, 3, C, F], stride 1, zeros around: XLA's, but for its gradient.
+
+    XLA's is slow on a CPU. The sum over shifted copies of x, as one matrix product for a few images at a time, so that
+    they stay in the cache, is the same gradient sooner. On a GPU it is not used.
+    """
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def convolve_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The convolution, and what its gradient needs."""
+    return convolve(x, kernel), (x, kernel)
+
+
+def convolve_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradients in x and in the kernel, from that in the output [B, H, W, F]."""
+    x, kernel = saved
+    size, height, width = max(k for k in range(1, 13) if len(x) % k == 0), *x.shape[1:3]
+
+    def add(total, part):
+        x, gradient = part
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = jnp.concatenate([x[:, i: i + height, j: j + width] for i in range(3) for j in range(3)], axis=-1)
+        return total + jnp.tensordot(shifted, gradient, ((0, 1, 2), (0, 1, 2))).reshape(kernel.shape), None
+
+    parts = jax.tree.map(lambda y: y.reshape(-1, size, *y.shape[1:]), (x, gradient))
+    in_kernel, _ = jax.lax.scan(add, jnp.zeros_like(kernel), parts)
+    return convolve(gradient, kernel[::-1, ::-1].swapaxes(2, 3)), in_kernel
+
+
+convolve.defvjp(convolve_forward, convolve_backward)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Maximum over 3x3 windows of x [..., H, W, C], stride 2, with a border of 1: sizes 84, 42, 21, 11.
+
+    As maxima of shifted slices, of columns and then of rows, because XLA's own gradient of pooling is slow on a CPU.
+    """
+    for axis in (x.ndim - 2, x.ndim - 3):
+        size = x.shape[axis]
+        x = jnp.pad(x, [(int(a == axis),) * 2 for a in range(x.ndim)], constant_values=-jnp.inf)
+        x = reduce(jnp.maximum, [jax.lax.slice_in_dim(x, i, i + size, 2, axis) for i in range(3)])
+    return x
+
+
+class Policy(nn.Module):
+    """Gaussian policy of states, whose log standard deviation does not depend on them; categorical policy of images."""
+
+    network: Network
     action_dim: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x: [..., D], normalised. Returns mean and log standard deviation, both [..., A]."""
-        for width in self.hidden:
-            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
-        mean = nn.Dense(self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))(x)
+    def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """x as in `torso`. Returns mean and log standard deviation, both [..., A], or logits [..., A]."""
+        x = torso(self.network, x)
+        output = nn.Dense(self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))(x)
+        if self.network.kind != "mlp":
+            return output
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
-        return mean, jnp.broadcast_to(log_std, mean.shape)
+        return output, jnp.broadcast_to(log_std, output.shape)
 
 
 class Value(nn.Module):
-    """State value: an MLP with ReLU that shares nothing with the policy."""
+    """State value: a network that shares nothing with the policy."""
 
-    hidden: tuple[int, ...]
+    network: Network
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [..., D], normalised. Returns values [...]."""
-        for width in self.hidden:
-            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
+        """x as in `torso`. Returns values [...]."""
+        x = torso(self.network, x)
         return nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x).squeeze(-1)
 
 
-def distribution(outputs: tuple[jax.Array, jax.Array]) -> distrax.Distribution:
-    """The action distribution that a policy's outputs (mean, log standard deviation; [..., A]) stand for."""
-    mean, log_std = outputs
-    return distrax.MultivariateNormalDiag(mean, jnp.exp(log_std))
+def distribution(outputs: jax.Array | tuple[jax.Array, jax.Array]) -> distrax.Distribution:
+    """The action distribution that a policy's outputs stand for."""
+    if isinstance(outputs, tuple):
+        mean, log_std = outputs
+        return distrax.MultivariateNormalDiag(mean, jnp.exp(log_std))
+    return distrax.Categorical(logits=outputs)
 
 
 # ======================================================================================================================
@@ -329,8 +505,10 @@ def update_stats(stats: Stats, samples: jax.Array, weights: jax.Array) -> Stats:
     return Stats(stats.mean + delta * n / count, merged, count)
 
 
-def normalize(observations: jax.Array, stats: Stats) -> jax.Array:
-    """Observations [..., D] less their running mean, over their running standard deviation, clipped to ±10."""
+def normalize(observations: jax.Array, stats: Stats | None) -> jax.Array:
+    """States [..., D] less their running mean, over their running standard deviation, clipped to ±10; images as is."""
+    if stats is None:
+        return observations
     return jnp.clip((observations - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
@@ -386,8 +564,8 @@ def standardize(advantages: jax.Array, weights: jax.Array) -> jax.Array:
 class Batch(NamedTuple):
     """Samples of a rollout; the leading axis is [B], or none for a single sample."""
 
-    observations: jax.Array  # [B, D], normalised
-    actions: jax.Array  # [B, A]
+    observations: jax.Array  # [B, D], normalised, or [B, C, H, W], uint8
+    actions: jax.Array  # [B, A] or [B]
     log_probs: jax.Array  # [B], under the policy that acted
     advantages: jax.Array  # [B]
     returns: jax.Array  # [B]
@@ -438,10 +616,10 @@ class Networks(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """A policy that does not learn: its parameters, and the observation statistics it stands on."""
+    """A policy that does not learn: its parameters, and the statistics of the states it stands on."""
 
     params: dict
-    obs_stats: Stats
+    obs_stats: Stats | None
 
 
 class TrainState(NamedTuple):
@@ -449,7 +627,7 @@ class TrainState(NamedTuple):
 
     params: dict  # {"policy": ..., "value": ...}
     opt_state: optax.OptState
-    obs_stats: Stats  # of the observations, [D]
+    obs_stats: Stats | None  # of the states, [D]
     return_stats: Stats  # of the discounted returns, scalars
     discounted: jax.Array  # [N]: discounted return of each running episode
     key: jax.Array
@@ -460,89 +638,125 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate, eps=1e-5))
 
 
-def init_state(args: Args, networks: Networks, observation_dim: int) -> TrainState:
+def init_state(args: Args, networks: Networks, observation_shape: tuple[int, ...]) -> TrainState:
     """Fresh networks and statistics, from the seed alone."""
+    states = len(observation_shape) == 1
     key, policy_key, value_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
-    x = jnp.zeros((1, observation_dim))
+    x = jnp.zeros((1, *observation_shape), jnp.float32 if states else jnp.uint8)
     params = {"policy": networks.policy.init(policy_key, x), "value": networks.value.init(value_key, x)}
-    obs_stats = Stats(jnp.zeros(observation_dim), jnp.ones(observation_dim), jnp.float32(1e-4))
+    obs_stats = Stats(jnp.zeros_like(x[0]), jnp.ones_like(x[0]), jnp.float32(1e-4)) if states else None
     return_stats = Stats(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-4))
     opt_state = make_optimizer(args).init(params)
     return TrainState(params, opt_state, obs_stats, return_stats, jnp.zeros(args.num_envs), key)
 
 
-@partial(jax.jit, static_argnames=("num_steps", "shape"))
-def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int]) -> jax.Array:
-    """Standard normal noise [T, N, A] of a rollout, in one call: drawn step by step it costs as much as the network."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_steps))
-    return jax.vmap(jax.random.normal, (0, None))(keys, shape)
+@partial(jax.jit, static_argnames=("num_steps", "shape", "states"))
+def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int], states: bool) -> tuple[jax.Array, jax.Array]:
+    """The key to go on with, and noise [T, N, A] of a rollout: standard normal for states, Gumbel for images."""
+    key, rollout_key = jax.random.split(key)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rollout_key, jnp.arange(num_steps))
+    return key, jax.vmap(jax.random.normal if states else jax.random.gumbel, (0, None))(keys, shape)
 
 
-@partial(jax.jit, static_argnames="policy", compiler_options={"xla_cpu_multi_thread_eigen": False})
-def act(
-    policy: Policy, params: dict, obs_stats: Stats, noise: jax.Array, observations: jax.Array, t: int
+def sample_actions(
+    policy: Policy, params: dict, obs_stats: Stats | None, noise: jax.Array, observations: jax.Array, t: int
 ) -> jax.Array:
-    """Samples actions [N, A] for raw observations [N, D] with the noise [T, N, A] of step t.
+    """Samples actions, [N, A] for raw states or [N] for images, with the noise [T, N, A] of step t."""
+    outputs = policy.apply(params, normalize(observations, obs_stats))
+    if isinstance(outputs, tuple):
+        return outputs[0] + jnp.exp(outputs[1]) * noise[t]
+    return jnp.argmax(outputs + noise[t], axis=-1)
 
-    On a CPU in one thread: so few rows are not worth several, which then spin where the simulator could run.
-    """
-    mean, log_std = policy.apply(params, normalize(observations, obs_stats))
-    return mean + jnp.exp(log_std) * noise[t]
+
+# On a CPU acting on states takes one thread: a few rows are not worth several, which then spin where the simulator runs
+act_on_states = jax.jit(
+    sample_actions, static_argnames="policy", compiler_options={"xla_cpu_multi_thread_eigen": False})
+act_on_images = jax.jit(sample_actions, static_argnames="policy")
 
 
 @partial(jax.jit, static_argnames="policy")
-def act_deterministic(policy: Policy, params: dict, obs_stats: Stats, observations: jax.Array) -> jax.Array:
-    """The most likely actions [N, A] for raw observations [N, D]."""
+def act_deterministic(policy: Policy, params: dict, obs_stats: Stats | None, observations: jax.Array) -> jax.Array:
+    """The most likely actions, [N, A] for raw states or [N] for images."""
     return distribution(policy.apply(params, normalize(observations, obs_stats))).mode()
 
 
-@partial(jax.jit, static_argnames=("args", "networks"), donate_argnames="state")
-def update(
+@partial(jax.jit, static_argnames="policy")
+def act_sampled(policy: Policy, params: dict, key: jax.Array, observations: jax.Array, t: int) -> jax.Array:
+    """Sampled actions [N] for images, as the evaluation on Procgen takes them; t: step of the evaluation."""
+    return distribution(policy.apply(params, observations)).sample(seed=jax.random.fold_in(key, t))
+
+
+def apply_in_chunks(network: nn.Module, params: dict, x: jax.Array) -> Any:
+    """The network's outputs [T, N, ...] for x [T, N, ...], about 512 rows at a time: all images at once fill memory."""
+    return jax.lax.map(partial(network.apply, params), x, batch_size=-(-512 // x.shape[1]))
+
+
+@partial(jax.jit, static_argnames=("args", "networks"))
+def prepare(
     args: Args, networks: Networks, state: TrainState, rollout: Rollout
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Learns from one rollout; returns the new state and the means of all minibatches' metrics."""
-    rollout = Rollout(*(jnp.asarray(x, jnp.float32) for x in rollout))
-    dones, weights = jnp.maximum(rollout.terminations, rollout.truncations), 1.0 - rollout.phantoms
+) -> tuple[TrainState, Batch, jax.Array]:
+    """Turns a rollout into samples: the state with its statistics, the batch, and the minibatches' indices [*, B]."""
+    rewards, terminations, truncations, phantoms = (jnp.asarray(x, jnp.float32) for x in rollout[2:])
+    dones, weights = jnp.maximum(terminations, truncations), 1.0 - phantoms
 
-    # The parameters are still those of the rollout, so its values and log-probabilities are one batched call
-    observations = normalize(rollout.observations, state.obs_stats)
-    values = networks.value.apply(state.params["value"], observations)
-    log_probs = distribution(networks.policy.apply(state.params["policy"], observations[:-1])).log_prob(rollout.actions)
+    # The parameters are still those of the rollout: its values and log-probabilities need no call of each step
+    observations = normalize(jnp.asarray(rollout.observations), state.obs_stats)
+    values = apply_in_chunks(networks.value, state.params["value"], observations)
+    outputs = apply_in_chunks(networks.policy, state.params["policy"], observations[:-1])
+    log_probs = distribution(outputs).log_prob(rollout.actions)
 
-    discounted, sums = discount_forward(rollout.rewards, dones, state.discounted, args.gamma)
+    discounted, sums = discount_forward(rewards, dones, state.discounted, args.gamma)
     return_stats = update_stats(state.return_stats, sums.reshape(-1), weights.reshape(-1))
-    rewards = jnp.clip(rollout.rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
-    advantages, returns = compute_gae(
-        rewards, values, rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda)
+    rewards = jnp.clip(rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
+    advantages, returns = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
 
-    batch = Batch(observations[:-1], rollout.actions, log_probs, advantages, returns, weights)
+    batch = Batch(observations[:-1], jnp.asarray(rollout.actions), log_probs, advantages, returns, weights)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
-    optimizer = make_optimizer(args)
+    key, shuffle_key = jax.random.split(state.key)
+    epoch_keys = jax.random.split(shuffle_key, args.update_epochs)
+    orders = jax.vmap(jax.random.permutation, (0, None))(epoch_keys, args.batch_size)
 
-    def loss_fn(params, minibatch):
+    # The new statistics count from the next rollout on: this one and all of its epochs see the same observations
+    obs_stats = state.obs_stats
+    if obs_stats is not None:
+        seen = jnp.asarray(rollout.observations[:-1]).reshape(args.batch_size, -1)
+        obs_stats = update_stats(obs_stats, seen, weights.reshape(-1))
+    state = state._replace(obs_stats=obs_stats, return_stats=return_stats, discounted=discounted, key=key)
+    return state, batch, orders.reshape(args.update_epochs * args.num_minibatches, -1)
+
+
+@partial(jax.jit, static_argnames=("args", "networks"), donate_argnames=("params", "opt_state"))
+def train_minibatch(
+    args: Args, networks: Networks, params: dict, opt_state: optax.OptState, batch: Batch, indices: jax.Array
+) -> tuple[dict, optax.OptState, dict[str, jax.Array]]:
+    """Takes a gradient step on the samples of these indices [B]."""
+    minibatch = jax.tree.map(lambda x: x[indices], batch)
+    minibatch = minibatch._replace(advantages=standardize(minibatch.advantages, minibatch.weights))
+
+    def loss_fn(params):
         outputs = networks.policy.apply(params["policy"], minibatch.observations)
         values = networks.value.apply(params["value"], minibatch.observations)
         return ppo_loss(outputs, values, minibatch, args.clip_coef, args.ent_coef, args.vf_coef)
 
-    def train_minibatch(carry, indices):
-        params, opt_state = carry
-        minibatch = jax.tree.map(lambda x: x[indices], batch)
-        minibatch = minibatch._replace(advantages=standardize(minibatch.advantages, minibatch.weights))
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), metrics
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = make_optimizer(args).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, metrics
 
-    key, shuffle_key = jax.random.split(state.key)
-    epoch_keys = jax.random.split(shuffle_key, args.update_epochs)
-    orders = jax.vmap(jax.random.permutation, (0, None))(epoch_keys, args.batch_size)
-    minibatches = orders.reshape(args.update_epochs * args.num_minibatches, -1)
-    (params, opt_state), metrics = jax.lax.scan(train_minibatch, (state.params, state.opt_state), minibatches)
-    metrics = {f"losses/{name}": values.mean() for name, values in metrics.items()}
 
-    # The statistics change only now: the rollout and all of its epochs see the same observations
-    seen = rollout.observations[:-1].reshape(args.batch_size, -1)
-    obs_stats = update_stats(state.obs_stats, seen, weights.reshape(-1))
-    return TrainState(params, opt_state, obs_stats, return_stats, discounted, key), metrics
+def update(
+    args: Args, networks: Networks, state: TrainState, rollout: Rollout
+) -> tuple[TrainState, dict[str, float]]:
+    """Learns from one rollout; returns the new state (the old one's arrays are gone) and the minibatches' mean metrics.
+
+    A loop of Python over minibatches: within lax.scan XLA's gradient of convolutions is ten times slower on a CPU.
+    """
+    state, batch, minibatches = prepare(args, networks, state, rollout)
+    params, opt_state, metrics = state.params, state.opt_state, []
+    for indices in jax.device_get(minibatches):
+        params, opt_state, found = train_minibatch(args, networks, params, opt_state, batch, indices)
+        metrics.append(found)
+    means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(metrics))
+    return state._replace(params=params, opt_state=opt_state), {f"losses/{name}": x for name, x in means.items()}
 
 
 # ======================================================================================================================
@@ -550,7 +764,7 @@ def update(
 # ======================================================================================================================
 
 SCRIPT = Path(__file__).stem
-FORMAT, VERSION = "proximal-policy-distillation", 1
+FORMAT, VERSION = "proximal-policy-distillation", 2
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -696,22 +910,50 @@ def catch_signals() -> Iterator[list[int]]:
 # ======================================================================================================================
 
 
-def evaluate(policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int) -> np.ndarray:
-    """Returns [episodes] of the deterministic policy: sums of raw rewards, undiscounted.
+def evaluate(envs: Any, policy_step: Callable) -> np.ndarray:
+    """Returns [N] of one episode in each of N environments: sums of raw rewards, undiscounted.
 
-    There are as many environments as episodes and each one's first episode counts: short ones do not crowd out long.
+    Each environment's first episode counts, so that short ones do not crowd out long; policy_step is as in `collect`.
     """
-    envs = make_envs(env_id, episodes, EVAL_SEED + seed)
-    space, observations = envs.action_space, envs.reset()[0]
-    returns, running = np.zeros(episodes), np.ones(episodes, bool)
+    observations, t = reset(envs), 0
+    returns, running = np.zeros(len(observations)), np.ones(len(observations), bool)
     while running.any():
-        actions = act_deterministic(policy, frozen.params, frozen.obs_stats, observations.astype(np.float32))
-        observations, rewards, terminations, truncations, _ = envs.step(
-            np.clip(np.asarray(actions), space.low, space.high, dtype=space.dtype))
+        observations, rewards, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
         returns += np.where(running, rewards, 0.0)
-        running &= ~(terminations | truncations)
+        running &= ~ends
+        t += 1
     envs.close()
     return returns
+
+
+def evaluation_step(policy: Policy, frozen: Frozen, env_id: str, seed: int) -> Callable:
+    """How a policy acts in evaluation, policy_step(observations, t): the likeliest actions, but sampled on Procgen."""
+    key = jax.random.PRNGKey(seed)
+    if suite_of(env_id) == "procgen":
+        return lambda observations, t: act_sampled(policy, frozen.params, key, observations, t)
+    return lambda observations, t: act_deterministic(policy, frozen.params, frozen.obs_stats, observations)
+
+
+def assess(
+    policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int, frame_skip: int | None,
+    num_levels: int | None,
+) -> dict[str, Any]:
+    """The paper's evaluation of a policy: mean, standard deviation and all returns, in environments of their own seeds.
+
+    On Procgen those of unseen levels, and apart from them those of the training levels; on Atari the human-normalised
+    score as well, where Badia et al. 2020 give one.
+    """
+    result: dict[str, Any] = {}
+    for split in ("evaluation", "train_levels") if suite_of(env_id) == "procgen" else ("evaluation",):
+        envs = make_envs(env_id, episodes, EVAL_SEED + seed, split, frame_skip, num_levels)
+        returns = evaluate(envs, evaluation_step(policy, frozen, env_id, seed))
+        found = {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
+        result |= found if split == "evaluation" else {split: found}
+    game = env_id.split("-")[0]
+    if suite_of(env_id) == "atari" and game in HUMAN:
+        random, human = HUMAN[game]
+        result["human_normalised"] = (result["mean"] - random) / (human - random)
+    return result
 
 
 # ======================================================================================================================
@@ -753,37 +995,50 @@ def make_folder(args: Args) -> Path:
     return folder
 
 
+def describe(evaluation: dict) -> str:
+    """One line about an evaluation."""
+    text = f"{evaluation['mean']:>10.1f} ± {evaluation['std']:.1f} ({len(evaluation['returns'])} episodes"
+    if "human_normalised" in evaluation:
+        text += f"; human-normalised {evaluation['human_normalised']:.3f}"
+    if "train_levels" in evaluation:
+        levels = evaluation["train_levels"]
+        text += f"; {levels['mean']:.1f} ± {levels['std']:.1f} on training levels"
+    return text + ")"
+
+
 def finish(
-    args: Args, networks: Networks, state: TrainState, folder: Path, timing: dict
+    args: Args, networks: Networks, state: TrainState, observation_shape: tuple, folder: Path, timing: dict
 ) -> dict[str, float]:
     """Evaluates the teacher, writes results.json and teacher.msgpack, prints the outcome; returns mean and timing."""
     frozen = Frozen(state.params["policy"], state.obs_stats)
-    returns = evaluate(networks.policy, frozen, args.env_id, args.eval_episodes, args.seed)
-    numbers = {"teacher": float(returns.mean())} | timing
-    evaluation = {"mean": numbers["teacher"], "std": float(returns.std()), "returns": returns.tolist()}
-    about = {"env_id": args.env_id, "script": SCRIPT, "hidden": list(args.hidden), "args": plain_args(args),
+    evaluation = assess(networks.policy, frozen, args.env_id, args.eval_episodes, args.seed, args.frame_skip,
+                        args.num_levels)
+    network = {name: list(x) if isinstance(x, tuple) else x for name, x in args.network._asdict().items()}
+    about = {"env_id": args.env_id, "script": SCRIPT, "network": network, "args": plain_args(args),
              "command": command_line(args), "versions": versions()}
     write_json(folder / "results.json", about | timing | {"teacher": evaluation})
     save_tree(folder / "teacher.msgpack", "model", about | {
-        "role": "teacher", "network": "mlp", "action_dim": networks.policy.action_dim,
-        "observation_shape": list(state.obs_stats.mean.shape), "params": state.params,
-        "obs_stats": state.obs_stats._asdict(), "evaluation": evaluation})
-    print(f"{'teacher':<18} {returns.mean():>10.1f} ± {returns.std():.1f} ({len(returns)} episodes)")
+        "role": "teacher", "action_dim": networks.policy.action_dim, "observation_shape": list(observation_shape),
+        "params": state.params, "obs_stats": state.obs_stats and state.obs_stats._asdict(), "evaluation": evaluation})
+    print(f"{'teacher':<18} {describe(evaluation)}")
     print(f"{'steps per second':<18} {timing['SPS']:>10.0f}")
     print(f"{'files':<18} {folder}")
-    return numbers
+    return {"teacher": evaluation["mean"]} | timing
 
 
 def main(args: Args) -> dict[str, float]:
     """Trains and evaluates a teacher; returns the single numbers of results.json."""
     choose_device(args.device)
     args, saved = restore(args)
-    check_task(args.env_id)
     args = resolve(args)
     first = saved["updates"] if saved else 0
-    envs = make_envs(args.env_id, args.num_envs, args.seed + first * args.num_envs)  # going on, it plays new games
-    networks = Networks(Policy(args.hidden, envs.action_space.shape[0]), Value(args.hidden))
-    state, cursor = init_state(args, networks, envs.observation_space.shape[0]), start(envs)
+    seed = args.seed + first * args.num_envs  # going on, it plays new games
+    envs = make_envs(args.env_id, args.num_envs, seed, "training", args.frame_skip, args.num_levels)
+    states, shape = args.network.kind == "mlp", envs.observation_space.shape
+    action_dim = envs.action_space.shape[0] if states else int(envs.action_space.n)
+    networks = Networks(Policy(args.network, action_dim), Value(args.network))
+    act = act_on_states if states else act_on_images
+    state, cursor = init_state(args, networks, shape), start(envs)
     if saved:
         state = jax.tree.map(jnp.array, serialization.from_state_dict(state, saved["state"]))
         state = state._replace(discounted=jnp.zeros(args.num_envs))  # its episodes are gone with the simulator
@@ -796,15 +1051,13 @@ def main(args: Args) -> dict[str, float]:
     before = timing["seconds"]
     with progress_bar(args, first) as bar, catch_signals() as signals:
         for number in range(first + 1, args.num_updates + 1):
-            key, rollout_key = jax.random.split(state.key)
-            noise = draw_noise(rollout_key, args.num_steps, (args.num_envs, networks.policy.action_dim))
+            key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, action_dim), states)
             policy_step = partial(act, networks.policy, state.params["policy"], state.obs_stats, noise)
             rollout = collect(envs, cursor, policy_step, args.num_steps)
             state, metrics = update(args, networks, state._replace(key=key), rollout)
-            metrics = jax.tree.map(float, jax.device_get(metrics))
             check_finite(metrics, number, folder)
 
-            now, step = time.time(), number * args.batch_size
+            now, steps = time.time(), number * args.batch_size
             if number == first + 1:
                 timing["SPS"], compiled = args.batch_size / (now - began), now
             else:  # the first update compiled; the speed is that of those after it
@@ -812,7 +1065,7 @@ def main(args: Args) -> dict[str, float]:
             timing["seconds"] = before + now - began
             episodic_return = float(np.mean(cursor.finished)) if cursor.finished else float("nan")
             charts = {"charts/episodic_return": episodic_return, "charts/SPS": timing["SPS"]}
-            log.write(step, timing["seconds"], charts | metrics)
+            log.write(steps, timing["seconds"], charts | metrics)
             bar.set_postfix_str(f"return {episodic_return:.0f}", refresh=False)
             bar.update(args.batch_size)
             if number % args.checkpoint_every == 0 or number == args.num_updates or signals:
@@ -823,7 +1076,7 @@ def main(args: Args) -> dict[str, float]:
                 raise SystemExit(128 + signals[0])
     log.close()
     envs.close()
-    return finish(args, networks, state, folder, timing)
+    return finish(args, networks, state, shape, folder, timing)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,66 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache/jax
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 sys.path.insert(0, str(ROOT))
 
+import envpool  # noqa: E402
 import pytest  # noqa: E402
 
+import ppd_atari  # noqa: E402
+import ppd_mujoco  # noqa: E402
+import ppd_procgen  # noqa: E402
+import student_distill  # noqa: E402
+import teacher_distill  # noqa: E402
 import train_teacher  # noqa: E402
+
+try:
+    envpool.make_gymnasium("CoinrunEasy-v0", num_envs=1).close()
+    HAS_PROCGEN = True
+except ImportError:
+    HAS_PROCGEN = False
+
+needs_procgen = pytest.mark.skipif(not HAS_PROCGEN, reason="Procgen needs Qt: apt-get install libqt5gui5")
+
+
+def on(m, *tasks):
+    """Parameters (script, task), skipped where the task cannot be played."""
+    return [pytest.param(m, task, marks=[needs_procgen] if task.startswith("Coinrun") else [], id=f"{m.__name__}-{task}")
+            for task in tasks]
+
+
+EVERYWHERE = ("Hopper-v4", "Pong-v5", "CoinrunEasy-v0")
+PPD = [*on(ppd_mujoco, "Hopper-v4"), *on(ppd_atari, "Pong-v5"), *on(ppd_procgen, "CoinrunEasy-v0")]
+STUDENTS = [*PPD, *on(student_distill, *EVERYWHERE), *on(teacher_distill, *EVERYWHERE)]
+RUNS = [*on(train_teacher, *EVERYWHERE), *STUDENTS]
+
+
+def small(m, env_id, folder, **flags):
+    """Flags of the smallest run with three updates (50 of the baselines' shorter ones)."""
+    images = env_id != "Hopper-v4"
+    updates, steps = (50, 5) if m in (student_distill, teacher_distill) else (3, 16)
+    network = {"hidden": (8,)} | ({"channels": (4, 4, 4), "size": "smaller"} if images else {})
+    if m is not train_teacher:
+        network = {f"student_{name}": value for name, value in network.items()}
+    defaults = {"env_id": env_id, "total_timesteps": updates * steps * 4, "num_envs": 4, "num_steps": steps,
+                "eval_episodes": 2 if env_id == "Hopper-v4" else 1}
+    return m.Args(run_dir=str(folder), **(defaults | network | flags))
 
 
 @pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory):
-    """A Hopper teacher with two layers of 8, trained for two updates: a real model file, at once."""
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    train_teacher.main(train_teacher.Args(env_id="Hopper-v4", total_timesteps=2 * 4 * 16, num_envs=4, num_steps=16,
-                                          hidden=(8, 8), eval_episodes=2, run_dir=str(folder)))
-    return folder / "teacher.msgpack"
+def teachers(tmp_path_factory):
+    """Small teachers of the three suites, trained for two updates: real model files, at once."""
+    files = {}
+
+    def get(env_id):
+        if env_id not in files:
+            folder = tmp_path_factory.mktemp("teacher") / "run"
+            hidden = {"hidden": (8, 8)} if env_id == "Hopper-v4" else {}
+            train_teacher.main(small(train_teacher, env_id, folder, total_timesteps=2 * 4 * 16, **hidden))
+            files[env_id] = folder / "teacher.msgpack"
+        return files[env_id]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(teachers):
+    """A Hopper teacher with two layers of 8."""
+    return teachers("Hopper-v4")

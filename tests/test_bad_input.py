@@ -9,13 +9,25 @@ import pytest
 from conftest import ROOT
 
 import evaluate
+import ppd_atari
 import ppd_mujoco
+import ppd_procgen
+import student_distill
+import teacher_distill
 import train_teacher
 
-# script, flags, what the line must say; {t} is a whole teacher of Hopper, {x} a folder with spoiled copies of it
+# script, flags, what the line must say; {t} is a whole teacher of Hopper, {x} a folder with spoiled copies of it, {a} a
+# whole one of Pong
 BAD = [
-    (train_teacher, "--env-id Hoper-v4", "unknown MuJoCo task Hoper-v4; did you mean Hopper-v"),
-    (train_teacher, "--env-id Pong-v5", "unknown MuJoCo task Pong-v5"),
+    (train_teacher, "--env-id Hoper-v4", "unknown task Hoper-v4; did you mean Hopper-v"),
+    (train_teacher, "--env-id Acrobot-v1", "unknown task Acrobot-v1; did you mean"),
+    (train_teacher, "--env-id CartPole-v1", "unknown task CartPole-v1"),
+    (train_teacher, "--env-id Pog-v5", "unknown task Pog-v5; did you mean Pong-v5"),
+    (train_teacher, "--env-id Coinrun-v0", "unknown task Coinrun-v0; did you mean Coinrun"),
+    (train_teacher, "--env-id Pong-v5 --frame-skip 0", "--frame-skip must lie between 1 and"),
+    (train_teacher, "--env-id CoinrunEasy-v0 --num-levels 0", "--num-levels must lie between 1 and"),
+    (train_teacher, "--env-id Hopper-v4 --channels 8 8 8", "--channels is for networks of images; Hopper-v4 has states"),
+    (train_teacher, "--env-id Pong-v5 --channels 8 0 8", "layers need a width of at least 1"),
     (train_teacher, "--env-id Hopper-v1", "did you mean Hopper-v"),
     (train_teacher, "--num-envs 0", "--num-envs must lie between 1 and"),
     (train_teacher, "--num-envs -3", "--num-envs must lie between 1 and"),
@@ -30,8 +42,8 @@ BAD = [
     (train_teacher, "--seed 4000000000", "--seed must lie between 0 and"),
     (train_teacher, "--gamma 1.5", "--gamma must lie between 0 and 1"),
     (train_teacher, "--learning-rate nan", "--learning-rate must lie between 0 and"),
-    (train_teacher, "--hidden 0", "hidden layers need a width of at least 1"),
-    (train_teacher, "--hidden", "hidden layers need a width of at least 1"),
+    (train_teacher, "--hidden 0", "layers need a width of at least 1"),
+    (train_teacher, "--hidden", "layers need a width of at least 1"),
     (train_teacher, "--run-dir {x}", "exists; name another folder, or go on with --resume"),
     (train_teacher, "--run-dir {t}/below", "cannot create"),
     (train_teacher, "--resume {x}/nowhere", "cannot read {x}/nowhere/checkpoint.msgpack: No such file or directory"),
@@ -50,7 +62,7 @@ BAD = [
     (ppd_mujoco, "--teacher {x}/flipped", "is damaged: its checksum does not match"),
     (ppd_mujoco, "--teacher {x}/foreign", "{x}/foreign is no model file of this project, or is cut short"),
     (ppd_mujoco, "--teacher {x}/empty", "{x}/empty is no model file of this project, or is cut short"),
-    (ppd_mujoco, "--teacher {x}/newer", "version 2"),
+    (ppd_mujoco, "--teacher {x}/newer", "version 3"),
     (ppd_mujoco, "--teacher {x}/discrete", "is no model of a MuJoCo task"),
     (ppd_mujoco, "--teacher {x}/shapes", "its parameters are not those of the network it describes"),
     (ppd_mujoco, "--teacher {x}/lacking", "is no model of a MuJoCo task: KeyError"),
@@ -63,6 +75,34 @@ BAD = [
     (ppd_mujoco, "--teacher {t} --student-hidden 64 0", "hidden layers need a width of at least 1"),
     (ppd_mujoco, "--teacher {t} --run-dir {x}", "exists; name another folder"),
     (ppd_mujoco, "--teacher {t} --device gpu", "--device gpu: JAX finds no GPU"),
+    (ppd_mujoco, "--teacher {a}", "is no model of a MuJoCo task"),
+    (ppd_atari, "--env-id Pog-v5", "unknown Atari task Pog-v5; did you mean Pong-v5"),
+    (ppd_atari, "--env-id Hopper-v4", "unknown Atari task Hopper-v4"),
+    (ppd_atari, "", "no teacher of Pong-v5 is shipped; train one with `python train_teacher.py --env-id Pong-v5`"),
+    (ppd_atari, "--teacher {t}", "is no model of an Atari task"),
+    (ppd_atari, "--teacher {a} --env-id Qbert-v5", "is a teacher of Pong-v5, not of Qbert-v5"),
+    (ppd_atari, "--teacher {a} --frame-skip 0", "--frame-skip must lie between 1 and"),
+    (ppd_atari, "--teacher {a} --student-channels 8 8 0", "layers need a width of at least 1"),
+    (ppd_atari, "--teacher {a} --student-hidden 0", "layers need a width of at least 1"),
+    (ppd_atari, "--teacher {x}/short", "is no model file of this project, or is cut short"),
+    (ppd_procgen, "--env-id Coinrun-v0", "unknown Procgen task Coinrun-v0; did you mean Coinrun"),
+    (ppd_procgen, "", "no teacher of CoinrunEasy-v0 is shipped"),
+    (ppd_procgen, "--teacher {a}", "unknown Procgen task Pong-v5"),
+    (ppd_procgen, "--teacher {x}/flipped", "is damaged: its checksum does not match"),
+    (student_distill, "--env-id Hoper-v4", "unknown task Hoper-v4; did you mean Hopper-v"),
+    (student_distill, "--env-id Walker2d-v4", "no teacher of Walker2d-v4 is shipped"),
+    (student_distill, "--teacher {t} --env-id Pong-v5", "is a teacher of Hopper-v4, not of Pong-v5"),
+    (student_distill, "--teacher {t} --student-channels 8 8 8", "--student-channels is for networks of images"),
+    (student_distill, "--teacher {t} --log-every 0", "--log-every must lie between 1 and"),
+    (student_distill, "--teacher {x}/lacking", "is no model of this project: KeyError"),
+    (student_distill, "--teacher {x}/shapes", "its parameters are not those of the network it describes"),
+    (student_distill, "--teacher {x}/valueless", "holds no value network to learn from"),
+    (student_distill, "--resume {x}/ppd", "is a run of ppd_mujoco.py; go on with that script"),
+    (teacher_distill, "--teacher {t} --num-steps 0", "--num-steps must lie between 1 and"),
+    (teacher_distill, "--teacher {t} --run-dir {x}", "exists; name another folder"),
+    (teacher_distill, "--teacher {x}/newer", "version 3"),
+    (teacher_distill, "--teacher {x}/elsewhere", "unknown task Hopper-v1"),
+    (teacher_distill, "--teacher {t} --device gpu", "--device gpu: JAX finds no GPU"),
     (evaluate, "{x}/missing", "cannot read {x}/missing: No such file or directory"),
     (evaluate, "{x}/short", "is no model file of this project, or is cut short"),
     (evaluate, "{t} --episodes 0", "--episodes must lie between 1 and"),
@@ -85,9 +125,10 @@ def spoiled(tiny_teacher, tmp_path_factory):
     flipped[len(whole) // 2] ^= 1
     (folder / "flipped").write_bytes(flipped)
     envelope = m.serialization.msgpack_restore(whole)
-    (folder / "newer").write_bytes(m.serialization.msgpack_serialize(envelope | {"version": 2}))
-    m.save_tree(folder / "discrete", "model", model | {"network": "impala"})
-    m.save_tree(folder / "shapes", "model", model | {"hidden": [8, 9]})
+    (folder / "newer").write_bytes(m.serialization.msgpack_serialize(envelope | {"version": 3}))
+    m.save_tree(folder / "discrete", "model", model | {"network": model["network"] | {"kind": "impala"}})
+    m.save_tree(folder / "shapes", "model", model | {"network": model["network"] | {"hidden": [8, 9]}})
+    m.save_tree(folder / "valueless", "model", model | {"params": {"policy": model["params"]["policy"]}})
     m.save_tree(folder / "lacking", "model", {k: v for k, v in model.items() if k != "obs_stats"})
     m.save_tree(folder / "nameless", "model", {k: v for k, v in model.items() if k != "env_id"})
     m.save_tree(folder / "elsewhere", "model", model | {"env_id": "Hopper-v1"})
@@ -110,15 +151,17 @@ def call(m, argv):
 
 
 @pytest.mark.parametrize(("m", "flags", "message"), BAD, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_bad_input(m, flags, message, tiny_teacher, spoiled, tmp_path, monkeypatch, capsys):
+def test_bad_input(m, flags, message, tiny_teacher, teachers, spoiled, tmp_path, monkeypatch, capsys):
+    names = {"t": tiny_teacher, "x": spoiled, "a": teachers("Pong-v5") if "{a}" in flags else None}
+    capsys.readouterr()
     before = listing(spoiled)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        call(m, flags.format(t=tiny_teacher, x=spoiled).split())
+        call(m, flags.format(**names).split())
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
-    assert message.format(t=tiny_teacher, x=spoiled) in error
+    assert message.format(**names) in error
     assert list(tmp_path.iterdir()) == [] and listing(spoiled) == before
 
 
@@ -136,3 +179,16 @@ def test_without_envpool_the_line_says_what_to_install(tmp_path):
     run = subprocess.run([sys.executable, ROOT / "ppd_mujoco.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert run.returncode == 2 and "apt-get install libegl1 libopengl0" in run.stderr and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("m", [ppd_procgen, train_teacher, student_distill, teacher_distill, evaluate])
+def test_without_qt_the_line_says_what_to_install(m, monkeypatch, capsys):
+    """envpool imports its Procgen, and that Qt, only when such a task is made."""
+
+    def fails(*args, **flags):
+        raise ImportError("libQt5Gui.so.5: cannot open shared object file")
+
+    monkeypatch.setattr(m.import_envpool(), "make_gymnasium", fails)
+    with pytest.raises(SystemExit) as stopped:
+        m.make_envs("CoinrunEasy-v0", 1, 0, *((200,) if m is ppd_procgen else ("training", None, 200)))
+    assert stopped.value.code == 2 and "apt-get install libqt5gui5" in capsys.readouterr().err

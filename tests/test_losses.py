@@ -11,39 +11,51 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ppd_atari
 import ppd_mujoco
+import ppd_procgen
+import student_distill
+import teacher_distill
 import train_teacher
 
 GOLDEN = dict(np.load(Path(__file__).parent / "data/reference_losses.npz"))
 CASES = sorted({key.rsplit("/", 1)[0] for key in GOLDEN})
 GAUSSIAN = [case for case in CASES if case.startswith("gaussian")]
+DISCRETE = [case for case in CASES if case.startswith("discrete")]
+PPD = [(ppd_mujoco, case) for case in GAUSSIAN] + [(m, case) for m in (ppd_atari, ppd_procgen) for case in DISCRETE]
 
 
 def load(case):
-    return {key.rsplit("/", 1)[1]: jnp.asarray(value) for key, value in GOLDEN.items() if key.rsplit("/", 1)[0] == case}
+    d = {key.rsplit("/", 1)[1]: jnp.asarray(value) for key, value in GOLDEN.items() if key.rsplit("/", 1)[0] == case}
+    return d | {"discrete": case.startswith("discrete")}
 
 
 def tables(d):
-    return {"mean": d["student_out"], "log_std": d["student_log_std"], "values": d["values"]}
-
-
-def ppd_batch(d):
-    n = len(d["actions"])
-    teacher = (d["teacher_out"], jnp.broadcast_to(d["teacher_log_std"], d["teacher_out"].shape))
-    return ppd_mujoco.Batch(None, d["actions"], d["old_logprobs"], d["advantages"], d["returns"], jnp.ones(n), teacher)
+    """What learns: a row a sample, and the log standard deviation of a Gaussian policy."""
+    log_std = {} if d["discrete"] else {"log_std": d["student_log_std"]}
+    return {"out": d["student_out"], "values": d["values"]} | log_std
 
 
 def outputs(t):
-    return t["mean"], jnp.broadcast_to(t["log_std"], t["mean"].shape)
+    return (t["out"], jnp.broadcast_to(t["log_std"], t["out"].shape)) if "log_std" in t else t["out"]
 
 
-def ppd(t, d, lam, direction, batch=None):
-    return ppd_mujoco.ppd_loss(outputs(t), t["values"], batch or ppd_batch(d), lam, d["clip_coef"], d["ent_coef"], d["vf_coef"],
-                               direction)
+def teacher_outputs(d):
+    return d["teacher_out"] if d["discrete"] else (d["teacher_out"], jnp.broadcast_to(d["teacher_log_std"], d["teacher_out"].shape))
+
+
+def ppd_batch(m, d):
+    weights = jnp.ones(len(d["actions"]))
+    return m.Batch(None, d["actions"], d["old_logprobs"], d["advantages"], d["returns"], weights, teacher_outputs(d))
+
+
+def ppd(t, m, d, lam, direction, batch=None):
+    return m.ppd_loss(outputs(t), t["values"], batch or ppd_batch(m, d), lam, d["clip_coef"], d["ent_coef"], d["vf_coef"],
+                      direction)
 
 
 def ppo(t, d):
-    batch = train_teacher.Batch(*ppd_batch(d)[:-1])
+    batch = train_teacher.Batch(*ppd_batch(ppd_mujoco, d)[:-1])
     return train_teacher.ppo_loss(outputs(t), t["values"], batch, d["clip_coef"], d["ent_coef"], d["vf_coef"])
 
 
@@ -51,15 +63,21 @@ def close(a, b, tolerance=1e-5):
     np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=tolerance, atol=tolerance)
 
 
+def is_reference(grad, d):
+    close(grad["out"], d["grad_out"])
+    close(grad["values"], d["grad_values"])
+    if not d["discrete"]:
+        close(grad["log_std"], d["grad_log_std"])
+
+
 def test_the_data_covers_what_it_should():
-    assert len(CASES) == 10 and len(GAUSSIAN) == 5
+    assert len(GAUSSIAN) == len(DISCRETE) == 5 and len(PPD) == 15
 
 
-@pytest.mark.parametrize("case", GAUSSIAN)
-def test_ppd_equals_the_reference(case):
+@pytest.mark.parametrize(("m", "case"), PPD)
+def test_ppd_equals_the_reference(m, case):
     d = load(case)
-    direction = case.split("/")[1]
-    grad, metrics = jax.grad(ppd, has_aux=True)(tables(d), d, d["lam"], direction)
+    grad, metrics = jax.grad(ppd, has_aux=True)(tables(d), m, d, d["lam"], case.split("/")[1])
     close(metrics["loss"], d["loss"])
     close(metrics["policy_loss"], d["policy_gradient_loss"])
     close(metrics["value_loss"], d["value_loss"])
@@ -68,45 +86,44 @@ def test_ppd_equals_the_reference(case):
         close(d["lam"] * metrics["distill_loss"], d["distillation_loss"])
     close(metrics["approx_kl"], d["approx_kl"])
     close(metrics["clipfrac"], d["clip_fraction"])
-    close(grad["mean"], d["grad_out"])
-    close(grad["log_std"], d["grad_log_std"])
-    close(grad["values"], d["grad_values"])
+    is_reference(grad, d)
 
 
-@pytest.mark.parametrize("case", [case for case in GAUSSIAN if case.endswith("lambda0")])
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("lambda0")])
 def test_ppo_equals_the_reference_without_distillation(case):
     d = load(case)
     grad, metrics = jax.grad(ppo, has_aux=True)(tables(d), d)
     close(metrics["loss"], d["loss"])
-    close(grad["mean"], d["grad_out"])
-    close(grad["log_std"], d["grad_log_std"])
-    close(grad["values"], d["grad_values"])
+    is_reference(grad, d)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_lambda_zero_is_ppo_in_loss_and_gradient(direction):
-    d = load(GAUSSIAN[-1])
-    (a, _), grad_a = jax.value_and_grad(ppd, has_aux=True)(tables(d), d, 0.0, direction)
+@pytest.mark.parametrize(("m", "case"), [(ppd_mujoco, GAUSSIAN[-1]), (ppd_atari, DISCRETE[-1]), (ppd_procgen, DISCRETE[-1])])
+def test_lambda_zero_is_ppo_in_loss_and_gradient(m, case, direction):
+    d = load(case)
+    (a, _), grad_a = jax.value_and_grad(ppd, has_aux=True)(tables(d), m, d, 0.0, direction)
     (b, _), grad_b = jax.value_and_grad(ppo, has_aux=True)(tables(d), d)
     close(a, b, 1e-7)
     jax.tree.map(lambda x, y: close(x, y, 1e-7), grad_a, grad_b)
 
 
-def distill_only(t, d, direction):
-    return ppd(t, d, 1.0, direction)[1]["distill_loss"]
+def distill_only(t, m, d, direction):
+    return ppd(t, m, d, 1.0, direction)[1]["distill_loss"]
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_the_gradient_of_the_ppd_term_is_that_of_finite_differences(direction):
+@pytest.mark.parametrize(("m", "kind"), [(ppd_mujoco, "gaussian"), (ppd_atari, "discrete"), (ppd_procgen, "discrete")])
+def test_the_gradient_of_the_ppd_term_is_that_of_finite_differences(m, kind, direction):
     """In float64, so that a central difference is exact to about 1e-9; a detached ratio would be off by 10%."""
     with jax.enable_x64(True):
-        d = {k: v.astype(jnp.float64) for k, v in load("gaussian/forward/lambda1").items()}
-        grad = jax.grad(distill_only)(tables(d), d, direction)
+        d = {k: v.astype(jnp.float64) if k not in ("actions", "discrete") or kind == "gaussian" and k == "actions" else v
+             for k, v in load(f"{kind}/forward/lambda1").items()}
+        grad = jax.grad(distill_only)(tables(d), m, d, direction)
         for index in [(0, 0), (7, 1), (31, 0), (63, 2)]:
             step = 1e-6
-            up, down = (tables(d) | {"mean": d["student_out"].at[index].add(sign * step)} for sign in (1, -1))
-            numeric = (distill_only(up, d, direction) - distill_only(down, d, direction)) / (2 * step)
-            assert float(grad["mean"][index]) == pytest.approx(float(numeric), rel=1e-5, abs=1e-9)
+            up, down = (tables(d) | {"out": d["student_out"].at[index].add(sign * step)} for sign in (1, -1))
+            numeric = (distill_only(up, m, d, direction) - distill_only(down, m, d, direction)) / (2 * step)
+            assert float(grad["out"][index]) == pytest.approx(float(numeric), rel=1e-5, abs=1e-9)
 
 
 def test_the_ratio_is_not_detached():
@@ -126,18 +143,52 @@ def test_the_ratio_is_not_detached():
     assert float(below[0]) == pytest.approx(0.8 * d_kl, rel=1e-5)
 
 
-def test_phantoms_weigh_nothing_in_any_term():
-    d = load("gaussian/forward/lambda2")
+@pytest.mark.parametrize(("m", "case"), [(ppd_mujoco, "gaussian/forward/lambda2"), (ppd_atari, "discrete/forward/lambda2"),
+                                         (ppd_procgen, "discrete/forward/lambda2")])
+def test_phantoms_weigh_nothing_in_any_term(m, case):
+    d = load(case)
     keep = np.arange(64) % 3 != 0
-    batch = ppd_batch(d)
+    batch = ppd_batch(m, d)
     spoiled = batch._replace(weights=jnp.asarray(keep, jnp.float32), advantages=jnp.where(keep, batch.advantages, 1e3),
                              returns=jnp.where(keep, batch.returns, -1e3), log_probs=jnp.where(keep, batch.log_probs, 5.0))
     kept = jax.tree.map(lambda x: x[keep], batch)
-    grad, metrics = jax.grad(ppd, has_aux=True)(tables(d), d, 2.0, "forward", spoiled)
-    small = tables(d) | {"mean": d["student_out"][keep], "values": d["values"][keep]}
-    grad_kept, metrics_kept = jax.grad(ppd, has_aux=True)(small, d, 2.0, "forward", kept)
+    grad, metrics = jax.grad(ppd, has_aux=True)(tables(d), m, d, 2.0, "forward", spoiled)
+    small = tables(d) | {"out": d["student_out"][keep], "values": d["values"][keep]}
+    grad_kept, metrics_kept = jax.grad(ppd, has_aux=True)(small, m, d, 2.0, "forward", kept)
     for name in metrics:
         close(metrics[name], metrics_kept[name])
-    close(grad["mean"][keep], grad_kept["mean"])
-    close(grad["log_std"], grad_kept["log_std"])
-    assert not np.asarray(grad["mean"])[~keep].any() and not np.asarray(grad["values"])[~keep].any()
+    close(grad["out"][keep], grad_kept["out"])
+    if not d["discrete"]:
+        close(grad["log_std"], grad_kept["log_std"])
+    assert not np.asarray(grad["out"])[~keep].any() and not np.asarray(grad["values"])[~keep].any()
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("kind", ["gaussian", "discrete"])
+@pytest.mark.parametrize("m", [student_distill, teacher_distill])
+def test_the_loss_of_the_baselines_in_numpy(m, kind, direction):
+    """KL - α entropy + c (V - V_teacher)², averaged over the samples that are no phantoms, in float64."""
+    d, rng = load(f"{kind}/forward/lambda1"), np.random.default_rng(0)
+    weights, teacher_values = rng.integers(0, 2, 64).astype(np.float32), rng.normal(size=64).astype(np.float32)
+    batch = m.Batch(jnp.asarray(weights), teacher_outputs(d), jnp.asarray(teacher_values))
+    loss, metrics = m.distill_loss(outputs(tables(d)), d["values"], batch, 0.1, 0.5, direction)
+
+    x = {k: np.asarray(v, np.float64) for k, v in d.items()}
+    if kind == "discrete":
+        p, q = log_softmax(x["teacher_out"]), log_softmax(x["student_out"])
+        entropy = -(np.exp(q) * q).sum(-1)
+        p, q = (p, q) if direction == "forward" else (q, p)
+        kl = (np.exp(p) * (p - q)).sum(-1)
+    else:
+        p, q = [(x[f"{who}_out"], x[f"{who}_log_std"]) for who in ("teacher", "student")]
+        entropy = np.full(64, (q[1] + 0.5 * np.log(2 * np.pi * np.e)).sum())
+        p, q = (p, q) if direction == "forward" else (q, p)
+        kl = (q[1] - p[1] + (np.exp(2 * p[1]) + (p[0] - q[0]) ** 2) / (2 * np.exp(2 * q[1])) - 0.5).sum(-1)
+    expected = kl - 0.1 * entropy + 0.5 * (x["values"] - teacher_values) ** 2
+    close(loss, (expected * weights).sum() / weights.sum())
+    close(metrics["teacher_kl"], (kl * weights).sum() / weights.sum())

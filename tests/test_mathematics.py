@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-TRAINING = [importlib.import_module(name) for name in ("train_teacher", "ppd_mujoco")]
-ALL = [*TRAINING, importlib.import_module("evaluate")]
+MODULES = {name: importlib.import_module(name) for name in (
+    "train_teacher", "ppd_mujoco", "ppd_atari", "ppd_procgen", "student_distill", "teacher_distill", "evaluate")}
+TRAINING = [MODULES[name] for name in ("train_teacher", "ppd_mujoco", "ppd_atari", "ppd_procgen")]  # with rewards
+STATES = [m for name, m in MODULES.items() if name not in ("ppd_atari", "ppd_procgen")]
+IMAGES = [m for name, m in MODULES.items() if name != "ppd_mujoco"]
+BASELINES = [MODULES["student_distill"], MODULES["teacher_distill"]]
 
 
 def by_name(module):
@@ -105,7 +109,7 @@ def test_standardized_advantages_ignore_phantoms(m):
     assert np.isfinite(m.standardize(advantages, jnp.zeros(4))).all()  # a minibatch of phantoms alone
 
 
-@pytest.mark.parametrize("m", ALL, ids=by_name)
+@pytest.mark.parametrize("m", STATES, ids=by_name)
 def test_normalized_observations_are_clipped(m):
     stats = m.Stats(jnp.array([1.0, 0.0]), jnp.array([4.0, 1.0]), jnp.float32(9.0))
     np.testing.assert_allclose(m.normalize(jnp.array([5.0, -1e9]), stats), [2.0, -10.0], rtol=1e-6)
@@ -115,7 +119,7 @@ def gaussian(rng, dims=4):
     return jnp.asarray(rng.normal(size=dims), jnp.float32), jnp.asarray(0.3 * rng.normal(size=dims), jnp.float32)
 
 
-@pytest.mark.parametrize("m", ALL, ids=by_name)
+@pytest.mark.parametrize("m", STATES, ids=by_name)
 def test_distribution_by_its_density_and_by_samples(m):
     """Log-probability and entropy against the textbook, KL against the closed form and 200,000 samples."""
     rng = np.random.default_rng(2)
@@ -136,7 +140,19 @@ def test_distribution_by_its_density_and_by_samples(m):
     assert float(p.kl_divergence(q)) == pytest.approx(sampled.mean(), abs=5 * sampled.std() / np.sqrt(len(x)))
 
 
-@pytest.mark.parametrize("m", TRAINING, ids=by_name)
+@pytest.mark.parametrize("m", IMAGES, ids=by_name)
+def test_categorical_distribution_by_its_probabilities(m):
+    """Log-probability, entropy and KL against sums over the probabilities, and the mode."""
+    logits = np.random.default_rng(3).normal(0.0, 2.0, (2, 5))
+    p, q = (np.exp(x) / np.exp(x).sum() for x in logits)
+    ours_p, ours_q = (m.distribution(jnp.asarray(x, jnp.float32)) for x in logits)
+    np.testing.assert_allclose(ours_p.log_prob(jnp.arange(5)), np.log(p), rtol=1e-5)
+    assert float(ours_p.entropy()) == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
+    assert float(ours_p.kl_divergence(ours_q)) == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+    assert int(ours_p.mode()) == p.argmax()
+
+
+@pytest.mark.parametrize("m", [m for m in STATES if m is not MODULES["evaluate"]], ids=by_name)
 @pytest.mark.parametrize("log_std", [-10.0, 0.0, 10.0])
 @pytest.mark.parametrize("teacher_log_std", [-10.0, 0.0, 10.0])
 def test_gradients_are_finite_at_the_extremes(m, log_std, teacher_log_std):
@@ -149,20 +165,56 @@ def test_gradients_are_finite_at_the_extremes(m, log_std, teacher_log_std):
         assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
 
 
-@pytest.mark.parametrize("m", TRAINING, ids=by_name)
+@pytest.mark.parametrize("m", [m for m in IMAGES if m is not MODULES["evaluate"]], ids=by_name)
+@pytest.mark.parametrize("size", [0.0, 50.0, 1000.0])
+def test_gradients_of_extreme_logits_are_finite(m, size):
+    """At 1000 the probabilities themselves are 0 and 1 in float32."""
+    outputs, other = size * jnp.array([1.0, -1.0, 0.0]), size * jnp.array([-1.0, 1.0, 0.0])
+    teacher = m.distribution(other)
+    for f in (lambda o: m.distribution(o).log_prob(1), lambda o: m.distribution(o).entropy(),
+              lambda o: teacher.kl_divergence(m.distribution(o)), lambda o: m.distribution(o).kl_divergence(teacher)):
+        value, grads = jax.value_and_grad(f)(outputs)
+        assert np.isfinite(value) and np.isfinite(grads).all()
+
+
+def noise_and_samples(m, steps, envs, actions, states):
+    """Noise of a rollout, and the keys with which a distribution gives the same actions step by step."""
+    key = jax.random.PRNGKey(1)
+    kind = () if m in (MODULES["ppd_mujoco"], MODULES["ppd_atari"], MODULES["ppd_procgen"]) else (states,)
+    after, noise = m.draw_noise(key, steps, (envs, actions), *kind)
+    assert noise.shape == (steps, envs, actions) and not np.array_equal(after, key)
+    rollout_key = jax.random.split(key)[1]
+    return noise, [jax.random.fold_in(rollout_key, t) for t in range(steps)]
+
+
+@pytest.mark.parametrize("m", [m for m in STATES if m is not MODULES["evaluate"]], ids=by_name)
 def test_actions_are_samples_of_the_distribution(m):
     """Noise is drawn for a whole rollout at once; the actions are those that the distribution gives step by step."""
-    policy = m.Policy((8,), 3)
+    policy = m.Policy((8,) if m is MODULES["ppd_mujoco"] else m.Network("mlp", (), (8,)), 3)
     params = policy.init(jax.random.PRNGKey(0), jnp.zeros((1, 5)))
     params["params"]["log_std"] = jnp.array([-1.0, 0.0, 1.0])
-    stats, key = m.Stats(jnp.zeros(5), jnp.ones(5), jnp.float32(1.0)), jax.random.PRNGKey(1)
+    stats = m.Stats(jnp.zeros(5), jnp.ones(5), jnp.float32(1.0))
     x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
-    noise = m.draw_noise(key, 6, (4, 3))
-    assert noise.shape == (6, 4, 3)
+    noise, keys = noise_and_samples(m, 6, 4, 3, True)
+    act = m.act if m is MODULES["ppd_mujoco"] else m.act_on_states
     for t in range(6):
-        expected = m.distribution(policy.apply(params, x)).sample(seed=jax.random.fold_in(key, t))
-        np.testing.assert_allclose(m.act(policy, params, stats, noise, x, t), expected, rtol=1e-5, atol=1e-6)
+        expected = m.distribution(policy.apply(params, x)).sample(seed=keys[t])
+        np.testing.assert_allclose(act(policy, params, stats, noise, x, t), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("m", [m for m in IMAGES if m is not MODULES["evaluate"]], ids=by_name)
+def test_actions_on_images_are_samples_of_the_distribution(m):
+    policy = m.Policy(m.Network("nature", (4, 4, 4), (8,)), 6)
+    x = np.random.default_rng(0).integers(0, 256, (4, 3, 36, 36), np.uint8)
+    params = policy.init(jax.random.PRNGKey(0), x)
+    noise, keys = noise_and_samples(m, 6, 4, 6, False)
+    for t in range(6):
+        if m in TRAINING[2:]:
+            actions = m.act(policy, params, noise, x, t)
+        else:
+            actions = m.act_on_images(policy, params, None, noise, x, t)
+        np.testing.assert_array_equal(actions, m.distribution(policy.apply(params, x)).sample(seed=keys[t]))
 
 
 def test_distribution_is_distrax():
-    assert isinstance(ALL[0].distribution((jnp.zeros(2), jnp.zeros(2))), distrax.Distribution)
+    assert isinstance(TRAINING[0].distribution((jnp.zeros(2), jnp.zeros(2))), distrax.Distribution)

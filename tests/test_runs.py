@@ -14,11 +14,17 @@ import imageio.v3 as imageio
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import PPD, ROOT, RUNS, STUDENTS, needs_procgen, on, small
 
 import evaluate
+import ppd_atari
 import ppd_mujoco
+import ppd_procgen
+import student_distill
+import teacher_distill
 import train_teacher
+
+BASELINES = (student_distill, teacher_distill)
 
 
 def rows(folder):
@@ -30,14 +36,8 @@ def without_timing(folder):
     return [{k: v for k, v in row.items() if k not in ("seconds", "charts/SPS")} for row in rows(folder)]
 
 
-def small(m, folder, **flags):
-    """The smallest run with three updates that reaches an episode's end."""
-    defaults = dict(env_id="Hopper-v4", total_timesteps=3 * 4 * 16, num_envs=4, num_steps=16, eval_episodes=2)
-    if m is train_teacher:
-        defaults["hidden"] = (8, 8)
-    else:
-        defaults["student_hidden"] = (8,)
-    return m.Args(run_dir=str(folder), **(defaults | flags))
+def flags_of(m, env_id, teachers):
+    return {} if m is train_teacher else {"teacher": str(teachers(env_id))}
 
 
 def model(folder, m):
@@ -45,42 +45,53 @@ def model(folder, m):
     return train_teacher.load_tree(folder / f"{name}.msgpack", "model")
 
 
-@pytest.mark.parametrize("m", [train_teacher, ppd_mujoco])
-def test_a_run_leaves_what_it_promises(m, tmp_path, tiny_teacher, capsys):
-    flags = {"teacher": str(tiny_teacher)} if m is ppd_mujoco else {}
-    numbers = m.main(small(m, tmp_path / "run", **flags))
+@pytest.mark.parametrize(("m", "env_id"), RUNS)
+def test_a_run_leaves_what_it_promises(m, env_id, tmp_path, teachers, capsys):
+    logging = {"log_every": 20} if m in BASELINES else {}
+    numbers = m.main(small(m, env_id, tmp_path / "run", **flags_of(m, env_id, teachers), **logging))
     folder, role = tmp_path / "run", "teacher" if m is train_teacher else "student"
     files = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
     assert files == {"args.json", "progress.csv", "checkpoint.msgpack", f"{role}.msgpack", "results.json"}
     assert sum("tfevents" in path.name for path in folder.iterdir()) == 1
 
     table = rows(folder)
-    assert [int(row["global_step"]) for row in table] == [64, 128, 192]
-    metrics = {"charts/episodic_return", "charts/SPS", "losses/policy_loss", "losses/value_loss", "losses/entropy",
-               "losses/approx_kl", "losses/clipfrac", "losses/loss"}
-    metrics |= {"losses/distill_loss", "losses/teacher_kl"} if m is ppd_mujoco else set()
+    assert [int(row["global_step"]) for row in table] == ([400, 800, 1000] if m in BASELINES else [64, 128, 192])
+    metrics = {"charts/episodic_return", "charts/SPS", "losses/value_loss", "losses/entropy", "losses/loss"}
+    metrics |= {"losses/teacher_kl"} if m is not train_teacher else set()
+    metrics |= {"losses/policy_loss", "losses/approx_kl", "losses/clipfrac"} if m not in BASELINES else set()
+    metrics |= {"losses/distill_loss"} if m.__name__.startswith("ppd") else set()
     assert set(table[0]) == metrics | {"global_step", "seconds"}
     assert all(np.isfinite(float(row[name])) for row in table for name in metrics if name.startswith("losses"))
-    assert np.isfinite(float(table[-1]["charts/episodic_return"]))
+    if env_id == "Hopper-v4":
+        assert np.isfinite(float(table[-1]["charts/episodic_return"]))
 
     args, results = (json.loads((folder / name).read_text()) for name in ("args.json", "results.json"))
-    assert args["num_minibatches"] == 1 and set(args["versions"]) == {"python", "jax", "flax", "envpool", "device"}
-    assert len(results[role]["returns"]) == 2 and results[role]["mean"] == pytest.approx(np.mean(results[role]["returns"]))
-    assert results["command"].startswith(f"python {m.__name__}.py --env-id Hopper-v4 --seed 100 ")
-    assert all(isinstance(value, float) and np.isfinite(value) for value in numbers.values())
+    assert args["env_id"] == env_id and set(args["versions"]) == {"python", "jax", "flax", "envpool", "device"}
+    episodes = 2 if env_id == "Hopper-v4" else 1
+    players = {"teacher", "student"} - ({"student"} if m is train_teacher else set())
+    for player in players:
+        assert len(results[player]["returns"]) == episodes
+        assert results[player]["mean"] == pytest.approx(np.mean(results[player]["returns"]))
+        assert ("train_levels" in results[player]) == (env_id == "CoinrunEasy-v0")
+        if env_id == "Pong-v5":
+            assert results[player]["human_normalised"] == pytest.approx((results[player]["mean"] + 20.7) / 35.3)
+    assert results["command"].startswith(f"python {m.__name__}.py --env-id {env_id} --seed 100 ")
+    assert all(isinstance(value, float) for value in numbers.values())
     assert str(folder) in capsys.readouterr().out
 
     saved = model(folder, m)
-    assert saved["role"] == role and saved["env_id"] == "Hopper-v4" and str(tmp_path) not in json.dumps(saved["args"] | {"teacher": None})
+    assert saved["role"] == role and saved["env_id"] == env_id
+    assert str(tmp_path) not in json.dumps(saved["args"] | {"teacher": None})
     assert saved["evaluation"] == results[role]
-    assert evaluate.main(evaluate.Args(model=str(folder / f"{role}.msgpack"), episodes=2, seed=100))["mean"] == numbers[role]
+    again = evaluate.main(evaluate.Args(model=str(folder / f"{role}.msgpack"), episodes=episodes, seed=100))
+    assert again["mean"] == numbers[role]
 
 
-@pytest.mark.parametrize("m", [train_teacher, ppd_mujoco])
-def test_the_same_seed_gives_the_same_run_to_the_bit(m, tmp_path, tiny_teacher):
-    flags = {"teacher": str(tiny_teacher)} if m is ppd_mujoco else {}
+@pytest.mark.parametrize(("m", "env_id"), RUNS)
+def test_the_same_seed_gives_the_same_run_to_the_bit(m, env_id, tmp_path, teachers, monkeypatch):
+    monkeypatch.setattr(m, "assess", lambda *args: {"mean": 0.0, "std": 0.0, "returns": [0.0], "train_levels": {"mean": 0.0, "std": 0.0}})
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        m.main(small(m, tmp_path / name, seed=seed, **flags))
+        m.main(small(m, env_id, tmp_path / name, seed=seed, **flags_of(m, env_id, teachers)))
     assert without_timing(tmp_path / "a") == without_timing(tmp_path / "b") != without_timing(tmp_path / "c")
     a, b, c = (jax.tree.leaves(model(tmp_path / name, m)["params"]) for name in "abc")
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
@@ -90,7 +101,7 @@ def test_the_same_seed_gives_the_same_run_to_the_bit(m, tmp_path, tiny_teacher):
 def test_a_checkpoint_comes_back_to_the_bit(tmp_path, tiny_teacher):
     m = ppd_mujoco
     networks = m.Networks(m.Policy((8,), 3), m.Value((8,)), m.Policy((8, 8), 3))
-    args = small(m, tmp_path, teacher=str(tiny_teacher))
+    args = small(m, "Hopper-v4", tmp_path, teacher=str(tiny_teacher))
     state = m.init_state(args, networks, 11)
     m.save_tree(tmp_path / "x", "checkpoint", {"state": m.serialization.to_state_dict(state)})
     restored = m.serialization.from_state_dict(state, m.load_tree(tmp_path / "x", "checkpoint")["state"])
@@ -98,14 +109,17 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path, tiny_teacher):
         assert np.array_equal(x, y) and x.dtype == y.dtype
 
 
-@pytest.mark.parametrize("m", [train_teacher, ppd_mujoco])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_goes_on(m, number, tmp_path, tiny_teacher, monkeypatch):
+@pytest.mark.parametrize(("m", "env_id", "number"), [
+    (train_teacher, "Hopper-v4", signal.SIGINT), (ppd_mujoco, "Hopper-v4", signal.SIGTERM), (ppd_atari, "Pong-v5", signal.SIGINT),
+    pytest.param(ppd_procgen, "CoinrunEasy-v0", signal.SIGTERM, marks=needs_procgen),
+    (student_distill, "Hopper-v4", signal.SIGTERM), (teacher_distill, "Pong-v5", signal.SIGINT)])
+def test_a_signal_saves_and_the_run_goes_on(m, env_id, number, tmp_path, teachers, monkeypatch):
     folder = tmp_path / "run"
-    size = ["--hidden", "8"] if m is train_teacher else ["--student-hidden", "8", "--teacher", str(tiny_teacher)]
-    command = [sys.executable, f"{m.__name__}.py", "--env-id", "Hopper-v4", "--num-envs", "4", "--num-steps", "16",
-               "--total-timesteps", "1000000", "--eval-episodes", "2", "--run-dir", str(folder), *size]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    args = small(m, env_id, folder, total_timesteps=10**6, **flags_of(m, env_id, teachers))
+    flags = {name: value for name, value in vars(args).items() if value != m.Args.__dataclass_fields__[name].default}
+    words = [word for name, value in flags.items()
+             for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value]))]
+    process = subprocess.Popen([sys.executable, f"{m.__name__}.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not (folder / "progress.csv").exists() or len((folder / "progress.csv").read_text().splitlines()) < 4:
         assert process.poll() is None
         time.sleep(0.05)
@@ -114,20 +128,30 @@ def test_a_signal_saves_and_the_run_goes_on(m, number, tmp_path, tiny_teacher, m
     assert process.returncode == 128 + number
     assert f"go on with: python {m.__name__}.py --resume {folder}" in message
     done = train_teacher.load_tree(folder / "checkpoint.msgpack", "checkpoint")
-    assert len(rows(folder)) == done["updates"]
+    batch = args.num_envs * args.num_steps
+    assert int(rows(folder)[-1]["global_step"]) == done["updates"] * batch
     assert not (folder / "results.json").exists()
 
-    assert np.asarray(done["state"]["discounted"]).any()  # of episodes that are gone when the run goes on
-    done["args"]["total_timesteps"] = (done["updates"] + 2) * 64  # the rest of a million steps would take long
+    before = [int(row["global_step"]) for row in rows(folder)]
+    done["args"]["total_timesteps"] = (done["updates"] + 2) * batch  # the rest of a million steps would take long
     train_teacher.save_tree(folder / "checkpoint.msgpack", "checkpoint", done)
     last = list(rows(folder)[-1].values())
     with open(folder / "progress.csv", "a") as file:  # a row of an update after the checkpoint, which will be made again
-        file.write(",".join([str((done["updates"] + 1) * 64), *last[1:]]) + "\n")
+        file.write(",".join([str((done["updates"] + 1) * batch), *last[1:]]) + "\n")
     starts, update = [], m.update
-    monkeypatch.setattr(m, "update", lambda *a: starts.append(np.array(a[-2 if m is train_teacher else -3].discounted)) or update(*a))
+
+    def watched(*args):
+        state = next(x for x in args if isinstance(x, m.TrainState))
+        starts.append(np.array(getattr(state, "discounted", 0.0)))
+        return update(*args)
+
+    monkeypatch.setattr(m, "update", watched)
     m.main(m.Args(resume=str(folder)))
-    assert not starts[0].any() and starts[1].any()
-    assert [int(row["global_step"]) for row in rows(folder)] == [64 * (i + 1) for i in range(done["updates"] + 2)]
+    if m not in BASELINES:
+        assert np.asarray(done["state"]["discounted"]).any() or env_id != "Hopper-v4"
+        assert not starts[0].any()  # the episodes it was of are gone with the simulator
+    after = [done["updates"] * batch + batch * i for i in ((2,) if m in BASELINES else (1, 2))]
+    assert [int(row["global_step"]) for row in rows(folder)] == before + after
     assert json.loads((folder / "results.json").read_text())["seconds"] > done["timing"]["seconds"]
 
 
@@ -142,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tiny_teacher, monkeyp
 
     monkeypatch.setattr(m, "collect", spoiled)
     with pytest.raises(SystemExit, match=r"update 2 gave losses/\w+ = nan; the last good state is .*checkpoint.msgpack"):
-        m.main(small(m, tmp_path / "run", teacher=str(tiny_teacher), checkpoint_every=1))
+        m.main(small(m, "Hopper-v4", tmp_path / "run", teacher=str(tiny_teacher), checkpoint_every=1))
     assert m.load_tree(tmp_path / "run/checkpoint.msgpack", "checkpoint")["updates"] == 1
     assert len(rows(tmp_path / "run")) == 1
 
@@ -161,21 +185,46 @@ def test_a_corrupted_teacher_is_reproducible_and_noisy_everywhere(tiny_teacher, 
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
     assert not any(np.array_equal(x, y) for x, y in zip(a, c, strict=True))
     flags = dict(teacher=str(tiny_teacher), total_timesteps=64, teacher_noise_std=0.5)
-    numbers = ppd_mujoco.main(small(ppd_mujoco, tmp_path / "run", **flags))
+    numbers = ppd_mujoco.main(small(ppd_mujoco, "Hopper-v4", tmp_path / "run", **flags))
     assert numbers["corrupted_teacher"] != numbers["teacher"]
     assert numbers["ratio"] == numbers["student"] / numbers["teacher"]
 
 
-def test_evaluation_counts_the_first_episode_of_each_environment(tiny_teacher):
+@pytest.mark.parametrize(("m", "env_id"), STUDENTS)
+def test_imperfect_teachers_everywhere(m, env_id, tmp_path, teachers, monkeypatch):
+    """A corrupted teacher teaches, and is evaluated beside the original; another seed gives another one."""
+    players = []
+
+    def assess(*args):
+        players.append(next(jax.tree.leaves(x)[0] for x in args if isinstance(x, dict) or hasattr(x, "params")))
+        return {"mean": float(len(players)), "std": 0.0, "returns": [0.0], "train_levels": {"mean": 0.0, "std": 0.0}}
+
+    monkeypatch.setattr(m, "assess", assess)
+    for seed in (0, 1):
+        flags = {"teacher_noise_std": 0.05, "teacher_noise_seed": seed, "total_timesteps": 1}
+        numbers = m.main(small(m, env_id, tmp_path / f"run{seed}", **flags_of(m, env_id, teachers), **flags))
+        assert {"student", "teacher", "corrupted_teacher"} <= set(numbers)
+    assert np.array_equal(players[1], players[4])  # the original
+    assert not np.array_equal(players[2], players[1]) and not np.array_equal(players[2], players[5])
+
+
+@pytest.mark.parametrize(("m", "env_id"), [*on(evaluate, "Hopper-v4", "Pong-v5", "CoinrunEasy-v0"), *PPD])
+def test_evaluation_counts_the_first_episode_of_each_environment(m, env_id, teachers):
     """The same games played one by one, each alone, give the same returns; envpool seeds environment i with seed + i."""
-    model, policy, frozen = evaluate.load_policy(tiny_teacher)
-    together = evaluate.evaluate(policy, frozen, model["env_id"], 5, 7)
-    alone = [evaluate.evaluate(policy, frozen, model["env_id"], 1, 7 + i)[0] for i in range(5)]
+    model, policy, frozen = m.load_policy(teachers(env_id))
+    options = {ppd_mujoco: (), ppd_atari: (4, False), ppd_procgen: (200, True), evaluate: ("evaluation", 4, 200)}[m]
+    stats = getattr(frozen, "obs_stats", None)
+    if env_id == "Hopper-v4":
+        policy_step = lambda x, t: m.act_deterministic(policy, frozen.params, stats, x)  # noqa: E731
+    else:
+        policy_step = lambda x, t: (x[:, 0, 20, 20].astype(np.int32) + t // 7) % 6  # noqa: E731
+    together = m.evaluate(m.make_envs(env_id, 3, 7, *options), policy_step)
+    alone = [m.evaluate(m.make_envs(env_id, 1, 7 + i, *options), policy_step)[0] for i in range(3)]
     np.testing.assert_allclose(together, alone, rtol=1e-4)
 
 
 def test_envpool_gives_phantoms_and_collect_marks_them():
-    m, steps = train_teacher, 60
+    m, steps = ppd_mujoco, 60
     envs = m.make_envs("Hopper-v4", 3, 0)
     cursor = m.start(envs)
     first = m.collect(envs, cursor, lambda observations, t: np.full((3, 3), 0.9 * (-1) ** t, np.float32), steps)
@@ -190,7 +239,72 @@ def test_envpool_gives_phantoms_and_collect_marks_them():
     assert np.array_equal(second.observations[0], first.observations[-1])
 
 
-def test_a_film_can_be_opened(tiny_teacher, tmp_path):
+def random_actions(rng, actions, envs):
+    return lambda observations, t: rng.integers(0, actions, envs).astype(np.int32)
+
+
+@pytest.mark.parametrize(("m", "options"), [(ppd_atari, (4, True)), (train_teacher, ("training", 4, 200))])
+def test_a_whole_game_of_atlantis_under_life_loss_episodes(m, options):
+    """No life is left before the game is over there. The return of a game is that of all its lives, and of no other game."""
+    envs = m.make_envs("Atlantis-v5", 2, 3, *options)
+    seen, step = [], envs.step
+
+    def watched(actions):
+        observations, rewards, *flags, info = step(actions)
+        seen.append((rewards, info["terminated"].astype(bool), info["lives"]))
+        return observations, rewards, *flags, info
+
+    envs.step = watched
+    cursor, act, lost = m.start(envs), random_actions(np.random.default_rng(0), 4, 2), 0
+    while sum(over.sum() for _, over, _ in seen) < 2:
+        lost += m.collect(envs, cursor, act, 500).terminations.sum()
+    rewards, over, lives = (np.array(x) for x in zip(*seen, strict=True))
+    assert lost > over.sum() and ((lives == 0) & ~over).any()  # where an end would be counted too early
+    expected = []
+    for n in range(2):
+        ends = np.flatnonzero(over[:, n])
+        expected += [rewards[begin + 1: end + 1, n].sum() for begin, end in zip([-1, *ends[:-1]], ends, strict=True)]
+    assert sorted(cursor.finished) == pytest.approx(sorted(expected))
+
+
+@pytest.mark.parametrize("m", [ppd_atari, evaluate])
+def test_evaluation_on_atari_never_ends_with_a_life(m):
+    """Breakout has five lives: its first termination comes with the last of them."""
+    envs = m.make_envs("Breakout-v5", 4, 0, *((4, False) if m is ppd_atari else ("evaluation", 4, None)))
+    envs.reset()
+    rng, lost = np.random.default_rng(0), False
+    for _ in range(2000):
+        _, _, terminations, _, info = envs.step(rng.integers(0, 4, 4).astype(np.int32))
+        lost |= (info["lives"] < 5).any() and not terminations.any()
+        assert (info["lives"][terminations] == 0).all()
+        if terminations.any():
+            break
+    assert lost and terminations.any()
+
+
+@needs_procgen
+@pytest.mark.parametrize("m", [ppd_procgen, evaluate])
+@pytest.mark.parametrize(("unseen", "low", "high"), [(True, 200, 2**31), (False, 0, 199)])
+def test_procgen_evaluates_on_the_levels_it_says(m, unseen, low, high):
+    split = (unseen,) if m is ppd_procgen else ("evaluation" if unseen else "train_levels", None)
+    options = (200, *split) if m is ppd_procgen else (*split, 200)
+    envs, rng, levels = m.make_envs("JumperEasy-v0", 64, 0, *options), np.random.default_rng(0), set()
+    levels |= set(envs.reset()[1]["level_seed"].tolist())
+    for _ in range(300):
+        levels |= set(envs.step(rng.integers(0, 15, 64).astype(np.int32))[4]["level_seed"].tolist())
+    assert len(levels) > 50 and low <= min(levels) and max(levels) <= high
+
+
+@pytest.mark.parametrize("env_id", ["Walker2d-v4", "Breakout-v5", pytest.param("StarpilotEasy-v0", marks=needs_procgen)])
+def test_any_task_of_a_suite_has_sensible_defaults(env_id, tmp_path, monkeypatch):
+    m = train_teacher
+    monkeypatch.setattr(m, "assess", lambda *args: {"mean": 0.0, "std": 0.0, "returns": [0.0]})
+    args = m.resolve(m.Args(env_id=env_id))
+    assert args.num_envs * args.num_steps / args.num_minibatches == 512
+    assert np.isfinite(m.main(small(m, env_id, tmp_path / "run", total_timesteps=64))["SPS"])
+
+
+def test_a_film_of_mujoco_can_be_opened(tiny_teacher, tmp_path):
     """In a process of its own, as OpenGL must be there before envpool is."""
     for library in ("libGLdispatch.so.0", "libEGL.so.1", "libOpenGL.so.0"):
         try:
@@ -204,14 +318,24 @@ def test_a_film_can_be_opened(tiny_teacher, tmp_path):
     assert frames.shape == (5, 480, 480, 3) and frames.std() > 10 and (frames[0] != frames[-1]).any()
 
 
-@pytest.mark.parametrize("script", ["train_teacher", "ppd_mujoco", "evaluate"])
+@pytest.mark.parametrize(("env_id", "shape"), [("Pong-v5", (3, 210, 160, 3)),
+                                               pytest.param("CoinrunEasy-v0", (3, 64, 64, 3), marks=needs_procgen)])
+def test_a_film_of_images_can_be_opened(env_id, shape, teachers, tmp_path):
+    film = tmp_path / "film.gif"
+    evaluate.main(evaluate.Args(model=str(teachers(env_id)), episodes=1, video=str(film), video_seconds=0.2))
+    frames = imageio.imread(film)
+    assert frames.shape == shape and frames.std() > 10
+
+
+@pytest.mark.parametrize("script", ["train_teacher", "ppd_mujoco", "ppd_atari", "ppd_procgen", "student_distill", "teacher_distill",
+                                    "evaluate"])
 def test_help_is_documentation(script):
     began = time.time()
     text = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"COLUMNS": "160"}, check=True).stdout
     assert time.time() - began < 20  # 4 seconds on an idle machine; a busy one takes longer
     assert "2407.15134" in text and "default: " in text
-    if script == "ppd_mujoco":
+    if script.startswith("ppd"):
         assert all(f"{group} options" in text for group in ("Task", "Distillation", "PPO", "Output"))
         assert all(re.search(rf"--{flag}\b", text) for flag in ("distill-coef", "kl-direction", "teacher-noise-std", "gamma"))
         assert all(symbol in text for symbol in "λσαεγ")

@@ -1,0 +1,1052 @@
+"""Proximal Policy Distillation (PPD) on Procgen: a student learns by PPO from its experience, pulled to its teacher.
+
+    python ppd_procgen.py --teacher runs/.../teacher.msgpack --student-size larger
+
+Each iteration collects a rollout with the student, estimates advantages A, and over epochs of shuffled minibatches
+
+    maximises  E[ min(r A, clip(r, 1-ε, 1+ε) A) + α entropy - λ KL(teacher || student) max(r, 1-ε) ]
+    minimises  E[ (V(s) - R)² ]                              with r = π(a|s) / π_old(a|s), not detached.
+
+It learns on 200 levels; evaluation is on all others, and apart from them on those 200. What makes PPD out of PPO is
+marked `# PPD`. Source: Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), Algorithm 1 and appendix
+A.3.
+"""
+
+import csv
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import distrax
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import serialization
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+# ======================================================================================================================
+# Arguments
+# ======================================================================================================================
+
+
+class Network(NamedTuple):
+    """What a convolutional network is made of."""
+
+    kind: Literal["nature", "impala"]
+    channels: tuple[int, int, int]
+    hidden: tuple[int, ...]
+
+
+NETWORKS = {
+    "smaller": Network("nature", (32, 64, 64), (64,)),
+    "same": Network("impala", (16, 32, 32), (256,)),
+    "larger": Network("impala", (32, 64, 64), (1024,)),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and where."""
+
+    env_id: str | None = None
+    """task, by envpool's name: CoinrunEasy-v0, JumperEasy-v0, MinerEasy-v0, NinjaEasy-v0 (the paper's) or another
+    Procgen game; by default the teacher's, and CoinrunEasy-v0 where no teacher is named either"""
+    num_levels: int | None = None
+    """levels to learn on, the first ones; all others are for the test; by default as many as the teacher learned on"""
+    seed: int = 100
+    """seed of networks, actions, minibatches and environments (the paper's: 100, 200, 300, 400, 500); environment i
+    takes seed + i, so seeds of one study should lie further apart than --num-envs and --eval-episodes"""
+    total_timesteps: int = 2_000_000
+    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count, as everywhere"""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """where the networks run, also of a resumed run; gpu is an error where there is none"""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The teacher, the student, and how strongly one pulls the other."""
+
+    teacher: str | None = None
+    """file of the teacher; by default teachers/{env_id}__100.msgpack beside this script"""
+    student_size: Literal["smaller", "same", "larger"] = "larger"
+    """the student's networks: Nature-CNN with 64 units, IMPALA-CNN with 16, 32, 32 filters and 256 units (the paper's
+    teachers), or IMPALA-CNN with 32, 64, 64 filters and 1024 units"""
+    student_channels: tuple[int, int, int] | None = None
+    """filters of the student's three convolutions (Nature-CNN) or stages (IMPALA-CNN); overrides --student-size"""
+    student_hidden: tuple[int, ...] | None = None
+    """widths of the student's hidden layers; overrides --student-size"""
+    distill_coef: float = 1.0
+    """weight of the distillation term (the paper's λ); 0 is PPO"""
+    distill_coef_final: float | None = None
+    """weight at the end of the run, reached linearly; by default λ stays constant"""
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    """KL(teacher || student), the paper's, or KL(student || teacher)"""
+    teacher_noise_std: float = 0.0
+    """standard deviation of Gaussian noise on every parameter of the teacher's policy (the paper's σ, there 0.05)"""
+    teacher_noise_seed: int = 0
+    """seed of that noise"""
+
+
+@dataclass(frozen=True)
+class PPO:
+    """Proximal policy optimisation."""
+
+    learning_rate: float = 3e-4
+    """step size of Adam, constant"""
+    num_envs: int = 18
+    """environments stepped in parallel (N)"""
+    num_steps: int | None = None
+    """steps of each environment in a rollout (T); the paper's: 64"""
+    num_minibatches: int | None = None
+    """minibatches of an epoch, a divisor of N*T; by default the fewest of at most 512 samples"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    gamma: float | None = None
+    """discount factor (γ); the paper's: 0.999"""
+    gae_lambda: float = 0.9
+    """decay of generalised advantage estimation"""
+    clip_coef: float = 0.2
+    """clipping range of the probability ratio (ε)"""
+    ent_coef: float | None = None
+    """weight of the entropy bonus (α); the paper's: 0"""
+    vf_coef: float = 0.5
+    """weight of the value loss, a plain mean squared error"""
+    max_grad_norm: float = 0.5
+    """largest global norm of the gradient, policy and value together"""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a run leaves behind."""
+
+    run_dir: str | None = None
+    """folder of the run; by default runs/{env_id}__{script}__{student_size}__{seed}__{unix_time}"""
+    resume: str | None = None
+    """folder of an interrupted run to go on with; all other flags but --device are then that run's"""
+    checkpoint_every: int = 50
+    """updates between checkpoints"""
+    eval_episodes: int = 200
+    """episodes of the final evaluation on unseen levels, and as many on those of training, with sampled actions"""
+    track: bool = False
+    """log to Weights & Biases as well (pip install wandb)"""
+    wandb_project_name: str = "ppd"
+    """project to log to"""
+    wandb_entity: str | None = None
+    """team to log to"""
+
+
+@dataclass(frozen=True)
+class Args(Output, PPO, Distillation, Task):
+    """All flags; the command line groups them by the classes above."""
+
+    @property
+    def network(self) -> Network:
+        """The student's networks (appendix A.3, with the smaller one of Table 4)."""
+        network = NETWORKS[self.student_size]
+        return Network(network.kind, self.student_channels or network.channels, self.student_hidden or network.hidden)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a rollout, N*T."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Rollouts of the run, each followed by one update."""
+        return -(-self.total_timesteps // self.batch_size)
+
+
+# The paper's defaults (appendix A.3)
+PAPER = {"num_steps": 64, "ent_coef": 0.0, "gamma": 0.999}
+
+# Flags that must lie in a range, both ends included
+RANGES = {
+    "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
+    "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "eval_episodes": (1, 10**5), "seed": (0, 10**9 - 1),
+    "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1), "gae_lambda": (0, 1),
+    "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
+    "num_levels": (1, 10**9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6), "teacher_noise_std": (0, 1e6),
+}
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program for bad input: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Reads the command line; every class that `Args` inherits from is a group of flags."""
+    groups = [(base.__name__, base, dataclasses.field(default_factory=base)) for base in reversed(Args.__bases__)]
+    form = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Groups", groups, frozen=True)]
+    parsed = tyro.cli(form, args=argv, description=__doc__)
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
+def resolve(args: Args) -> Args:
+    """Fills in the task's defaults; ends the program for flags that cannot work, before anything is written."""
+    args = dataclasses.replace(args, **{name: value for name, value in PAPER.items() if getattr(args, name) is None})
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+    if min(args.network.channels + args.network.hidden) < 1:
+        fail(f"layers need a width of at least 1, not {args.network.channels} and {args.network.hidden}")
+    if args.num_minibatches is None:
+        divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
+        args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
+    if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
+             f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
+    if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
+        fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb")
+    if args.device == "gpu" and jax.default_backend() == "cpu":
+        fail("--device gpu: JAX finds no GPU; pip install 'jax[cuda12]', or use --device cpu")
+    return args
+
+
+# ======================================================================================================================
+# Environments
+# ======================================================================================================================
+
+EVAL_SEED = 10**9  # what evaluation adds to the seed of its environments, so that it plays other games than training
+OBSERVATION_SHAPE = (3, 64, 64)
+
+
+def import_envpool() -> Any:
+    """Imports envpool only when it is needed: that is slow, and fails where a system library is missing."""
+    try:
+        import envpool
+    except ImportError as error:
+        fail(f"envpool cannot be imported ({error}); on Debian: apt-get install libegl1 libopengl0")
+    return envpool
+
+
+def check_task(env_id: str) -> None:
+    """Ends the program for a task that is no Procgen game of envpool, naming those like it."""
+    specs = import_envpool().registration.registry.specs  # of each task by name: the module it lies in, and more
+    known = [name for name, (module, *_) in specs.items() if module == "envpool.procgen"]
+    if env_id not in known:
+        near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3) or known
+        fail(f"unknown Procgen task {env_id}; did you mean {', '.join(near)}?")
+
+
+def make_envs(env_id: str, num_envs: int, seed: int, num_levels: int, unseen: bool = False) -> Any:
+    """Vectorised environments; the seed is given here because envpool ignores reset(seed=).
+
+    64x64 coloured images of the first num_levels levels, or of all the others.
+    """
+    levels = {"start_level": 0, "num_levels": num_levels}
+    if unseen:
+        levels = {"start_level": num_levels, "num_levels": 2**31 - 1 - num_levels}
+    try:
+        return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **levels)
+    except ImportError:
+        fail(f"{env_id} needs Qt, which envpool's Procgen draws with; on Debian: apt-get install libqt5gui5")
+
+
+def reset(envs: Any) -> np.ndarray:
+    """The first observations [N, C, H, W] of all environments, uint8."""
+    return envs.reset()[0]
+
+
+def step(envs: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Observations [N, C, H, W], and rewards, terminations, truncations and ends of whole games, [N] each.
+
+    actions: [N] int32.
+    """
+    observations, rewards, terminations, truncations, _ = envs.step(actions)
+    return observations, rewards, terminations, truncations, terminations | truncations
+
+
+class Cursor(NamedTuple):
+    """Where the environments stand between two rollouts; its arrays are updated in place."""
+
+    observations: np.ndarray  # [N, C, H, W] uint8
+    dones: np.ndarray  # [N] bool: the last step ended an episode
+    returns: np.ndarray  # [N] float64: sum of the raw rewards of the running game
+    finished: deque  # such sums of the last 100 finished games
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments, time first."""
+
+    observations: np.ndarray  # [T+1, N, C, H, W] uint8
+    actions: np.ndarray  # [T, N] int32
+    rewards: np.ndarray  # [T, N] float32
+    terminations: np.ndarray  # [T, N] bool
+    truncations: np.ndarray  # [T, N] bool
+    phantoms: np.ndarray  # [T, N] bool
+
+
+def start(envs: Any) -> Cursor:
+    """Resets all environments."""
+    observations = reset(envs)
+    return Cursor(observations, np.zeros(len(observations), bool), np.zeros(len(observations)), deque(maxlen=100))
+
+
+def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) -> Rollout:
+    """Steps the N environments `num_steps` times with the actions that policy_step(observations, t) gives.
+
+    envpool resets on the step after an episode's end: that step ignores its action and gives the reset observation with
+    reward 0. It is no transition of the task; such phantoms are marked, and have weight 0 wherever they could count.
+    """
+    observations = np.empty((num_steps + 1, *cursor.observations.shape), cursor.observations.dtype)
+    rewards = np.empty((num_steps, len(cursor.dones)), np.float32)
+    terminations, truncations, phantoms = np.empty((3, *rewards.shape), bool)
+    actions = []
+    observations[0] = cursor.observations
+    for t in range(num_steps):
+        phantoms[t] = cursor.dones
+        actions.append(np.asarray(policy_step(observations[t], t)))
+        observations[t + 1], rewards[t], terminations[t], truncations[t], ends = step(envs, actions[t])
+        np.logical_or(terminations[t], truncations[t], out=cursor.dones)
+        cursor.returns[:] += rewards[t]
+        if ends.any():
+            cursor.finished.extend(cursor.returns[ends])
+            cursor.returns[ends] = 0.0
+    cursor.observations[:] = observations[-1]
+    return Rollout(observations, np.stack(actions), rewards, terminations, truncations, phantoms)
+
+
+# ======================================================================================================================
+# Networks
+# ======================================================================================================================
+
+
+def torso(network: Network, x: jax.Array) -> jax.Array:
+    """Features [..., F] of images [..., C, H, W], uint8; called inside a module's __call__, whose layers these become.
+
+    Nature-CNN (Mnih et al. 2015) or IMPALA-CNN (Espeholt et al. 2018), then hidden layers.
+    """
+    orthogonal = nn.initializers.orthogonal(np.sqrt(2))
+    x = jnp.moveaxis(x, -3, -1).astype(jnp.float32) / 255.0
+    if network.kind == "nature":
+        for channels, size, stride in zip(network.channels, (8, 4, 3), (4, 2, 1), strict=True):
+            x = nn.relu(nn.Conv(channels, (size, size), stride, "VALID", kernel_init=orthogonal)(x))
+    else:
+        ours = (lambda x, kernel, *_, **__: convolve(x, kernel)) if jax.default_backend() == "cpu" else None
+        conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=orthogonal, conv_general_dilated=ours)
+        for channels in network.channels:
+            x = max_pool(conv(channels)(x))
+            for _ in range(2):
+                y = conv(channels)(nn.relu(x))
+                x = x + conv(channels)(nn.relu(y))
+        x = nn.relu(x)
+    x = x.reshape(*x.shape[:-3], -1)
+    for width in network.hidden:
+        x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))
+    return x
+
+
+@jax.custom_vjp
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution of x [B, H, W, C] with a kernel [3, 3, C, F], stride 1, zeros around: XLA's, but for its gradient.
+
+    XLA's is slow on a CPU. The sum over shifted copies of x, as one matrix product for a few images at a time, so that
+    they stay in the cache, is the same gradient sooner. On a GPU it is not used.
+    """
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def convolve_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The convolution, and what its gradient needs."""
+    return convolve(x, kernel), (x, kernel)
+
+
+def convolve_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradients in x and in the kernel, from that in the output [B, H, W, F]."""
+    x, kernel = saved
+    size, height, width = max(k for k in range(1, 13) if len(x) % k == 0), *x.shape[1:3]
+
+    def add(total, part):
+        x, gradient = part
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = jnp.concatenate([x[:, i: i + height, j: j + width] for i in range(3) for j in range(3)], axis=-1)
+        return total + jnp.tensordot(shifted, gradient, ((0, 1, 2), (0, 1, 2))).reshape(kernel.shape), None
+
+    parts = jax.tree.map(lambda y: y.reshape(-1, size, *y.shape[1:]), (x, gradient))
+    in_kernel, _ = jax.lax.scan(add, jnp.zeros_like(kernel), parts)
+    return convolve(gradient, kernel[::-1, ::-1].swapaxes(2, 3)), in_kernel
+
+
+convolve.defvjp(convolve_forward, convolve_backward)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Maximum over 3x3 windows of x [..., H, W, C], stride 2, with a border of 1: sizes 84, 42, 21, 11.
+
+    As maxima of shifted slices, of columns and then of rows, because XLA's own gradient of pooling is slow on a CPU.
+    """
+    for axis in (x.ndim - 2, x.ndim - 3):
+        size = x.shape[axis]
+        x = jnp.pad(x, [(int(a == axis),) * 2 for a in range(x.ndim)], constant_values=-jnp.inf)
+        x = reduce(jnp.maximum, [jax.lax.slice_in_dim(x, i, i + size, 2, axis) for i in range(3)])
+    return x
+
+
+class Policy(nn.Module):
+    """Categorical policy: a convolutional network gives the logits."""
+
+    network: Network
+    num_actions: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., C, H, W], uint8. Returns logits [..., A]."""
+        x = torso(self.network, x)
+        return nn.Dense(self.num_actions, kernel_init=nn.initializers.orthogonal(0.01))(x)
+
+
+class Value(nn.Module):
+    """State value: a convolutional network that shares nothing with the policy."""
+
+    network: Network
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., C, H, W], uint8. Returns values [...]."""
+        x = torso(self.network, x)
+        return nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x).squeeze(-1)
+
+
+def distribution(outputs: jax.Array) -> distrax.Distribution:
+    """The action distribution that a policy's outputs (logits [..., A]) stand for."""
+    return distrax.Categorical(logits=outputs)
+
+
+# ======================================================================================================================
+# Mathematics
+# ======================================================================================================================
+
+
+class Stats(NamedTuple):
+    """Running mean and variance, and the number of samples they rest on."""
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array
+
+
+def update_stats(stats: Stats, samples: jax.Array, weights: jax.Array) -> Stats:
+    """Adds samples [B, ...] whose weight [B] is 1, not those of weight 0 (Chan et al. 1979, pairwise update)."""
+    n = weights.sum()
+    mean = jnp.tensordot(weights, samples, 1) / jnp.maximum(n, 1)
+    var = jnp.tensordot(weights, (samples - mean) ** 2, 1) / jnp.maximum(n, 1)
+    count = stats.count + n
+    delta = mean - stats.mean
+    merged = (stats.var * stats.count + var * n + delta**2 * stats.count * n / count) / count
+    return Stats(stats.mean + delta * n / count, merged, count)
+
+
+def discount_forward(
+    rewards: jax.Array, dones: jax.Array, carried: jax.Array, gamma: float
+) -> tuple[jax.Array, jax.Array]:
+    """Discounted sum of the rewards so far, g_t = γ g_{t-1} + r_t, from 0 in each episode: what scales the rewards.
+
+    rewards, dones: [T, N]; carried: [N], from the rollout before. Returns what to carry on, [N], and all g, [T, N].
+    """
+
+    def step(g, x):
+        reward, done = x
+        g = gamma * g + reward
+        return g * (1.0 - done), g
+
+    return jax.lax.scan(step, carried, (rewards, dones))
+
+
+def compute_gae(
+    rewards: jax.Array, values: jax.Array, terminations: jax.Array, truncations: jax.Array, gamma: float,
+    gae_lambda: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimation (Schulman et al. 2016): advantages and returns, both [T, N].
+
+    rewards, terminations, truncations: [T, N]; values: [T+1, N], of all stored observations. A terminated step does
+    not bootstrap. A truncated one does, from the true final observation, which is the one stored at t+1. Both cut the
+    trace, so nothing of a phantom step reaches another.
+    """
+    dones = jnp.maximum(terminations, truncations)
+    deltas = rewards + gamma * values[1:] * (1.0 - terminations) - values[:-1]
+
+    def step(advantage, x):
+        delta, done = x
+        advantage = delta + gamma * gae_lambda * (1.0 - done) * advantage
+        return advantage, advantage
+
+    _, advantages = jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, dones), reverse=True)
+    return advantages, advantages + values[:-1]
+
+
+def weighted_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean of x [B] over the samples whose weight [B] is 1."""
+    return (x * weights).sum() / jnp.maximum(weights.sum(), 1.0)
+
+
+def standardize(advantages: jax.Array, weights: jax.Array) -> jax.Array:
+    """Advantages [B] with mean 0 and variance 1 over the samples whose weight [B] is 1."""
+    centred = advantages - weighted_mean(advantages, weights)
+    return centred / (jnp.sqrt(weighted_mean(centred**2, weights)) + 1e-8)
+
+
+class Batch(NamedTuple):
+    """Samples of a rollout; the leading axis is [B], or none for a single sample."""
+
+    observations: jax.Array  # [B, C, H, W], uint8
+    actions: jax.Array  # [B]
+    log_probs: jax.Array  # [B], under the policy that acted
+    advantages: jax.Array  # [B]
+    returns: jax.Array  # [B]
+    weights: jax.Array  # [B]: 0 for a phantom transition, else 1
+    teacher: jax.Array  # PPD: the teacher policy's logits, [B, A]
+
+
+def ppd_terms(
+    outputs: Any, value: jax.Array, sample: Batch, clip_coef: float, kl_direction: str
+) -> dict[str, jax.Array]:
+    """The terms of one sample's loss (Algorithm 1), as scalars.
+
+    outputs: the student policy's, [A] each; value: the student's, []; sample: its advantage is standardised already.
+    """
+    pi, teacher = distribution(outputs), distribution(sample.teacher)
+    log_ratio = pi.log_prob(sample.actions) - sample.log_probs
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
+    kl = teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)  # PPD
+    return {
+        "policy_loss": -jnp.minimum(ratio * sample.advantages, clipped * sample.advantages),
+        "value_loss": (value - sample.returns) ** 2,
+        "entropy": pi.entropy(),
+        "approx_kl": ratio - 1.0 - log_ratio,
+        "clipfrac": (jnp.abs(ratio - 1.0) > clip_coef).astype(jnp.float32),
+        "distill_loss": kl * jnp.maximum(ratio, 1.0 - clip_coef),  # PPD: the gradient flows through both factors
+        "teacher_kl": kl,
+    }
+
+
+def ppd_loss(
+    outputs: Any, values: jax.Array, batch: Batch, distill_coef: float, clip_coef: float, ent_coef: float,
+    vf_coef: float, kl_direction: str,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a minibatch and its terms, averaged over the samples whose weight is 1.
+
+    outputs: the student policy's, [B, A] each; values: the student's, [B]; distill_coef: λ at this step.
+    """
+    terms = jax.vmap(partial(ppd_terms, clip_coef=clip_coef, kl_direction=kl_direction))(outputs, values, batch)
+    terms = {name: weighted_mean(term, batch.weights) for name, term in terms.items()}
+    loss = terms["policy_loss"] + vf_coef * terms["value_loss"] - ent_coef * terms["entropy"]
+    loss += distill_coef * terms["distill_loss"]  # PPD
+    return loss, {"loss": loss} | terms
+
+
+# ======================================================================================================================
+# Jitted steps
+# ======================================================================================================================
+
+
+class Networks(NamedTuple):
+    """The flax modules; they hold no parameters."""
+
+    policy: Policy
+    value: Value
+    teacher: Policy
+
+
+class TrainState(NamedTuple):
+    """All that learning changes."""
+
+    params: dict  # {"policy": ..., "value": ...}
+    opt_state: optax.OptState
+    return_stats: Stats  # of the discounted returns, scalars
+    discounted: jax.Array  # [N]: discounted return of each running episode
+    key: jax.Array
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    """Adam, after clipping the global norm of the gradient."""
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate, eps=1e-5))
+
+
+def init_state(args: Args, networks: Networks) -> TrainState:
+    """A fresh student, from the seed alone."""
+    key = jax.random.fold_in(jax.random.PRNGKey(args.seed), 1)  # not the weights that a teacher of this seed began with
+    key, policy_key, value_key = jax.random.split(key, 3)
+    x = jnp.zeros((1, *OBSERVATION_SHAPE), jnp.uint8)
+    params = {"policy": networks.policy.init(policy_key, x), "value": networks.value.init(value_key, x)}
+    return_stats = Stats(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-4))
+    return TrainState(params, make_optimizer(args).init(params), return_stats, jnp.zeros(args.num_envs), key)
+
+
+@partial(jax.jit, static_argnames=("num_steps", "shape"))
+def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """The key to go on with, and standard Gumbel noise [T, N, A] of a rollout."""
+    key, rollout_key = jax.random.split(key)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rollout_key, jnp.arange(num_steps))
+    return key, jax.vmap(jax.random.gumbel, (0, None))(keys, shape)
+
+
+@partial(jax.jit, static_argnames="policy")
+def act(policy: Policy, params: dict, noise: jax.Array, observations: jax.Array, t: int) -> jax.Array:
+    """Samples actions [N] for observations [N, C, H, W]: the largest of logits plus noise [T, N, A] of step t."""
+    return jnp.argmax(policy.apply(params, observations) + noise[t], axis=-1)
+
+
+@partial(jax.jit, static_argnames="policy")
+def act_sampled(policy: Policy, params: dict, key: jax.Array, observations: jax.Array, t: int) -> jax.Array:
+    """Sampled actions [N] for images, as the evaluation on Procgen takes them; t: step of the evaluation."""
+    return distribution(policy.apply(params, observations)).sample(seed=jax.random.fold_in(key, t))
+
+
+def apply_in_chunks(network: nn.Module, params: dict, images: jax.Array) -> jax.Array:
+    """The network's outputs [T, N, ...] for images [T, N, C, H, W], about 512 at a time: all at once take gigabytes."""
+    return jax.lax.map(partial(network.apply, params), images, batch_size=-(-512 // images.shape[1]))
+
+
+@partial(jax.jit, static_argnames=("args", "networks"))
+def prepare(
+    args: Args, networks: Networks, teacher: dict, state: TrainState, rollout: Rollout
+) -> tuple[TrainState, Batch, jax.Array]:
+    """Turns a rollout into samples: the state with its statistics, the batch, and the minibatches' indices [*, B]."""
+    rewards, terminations, truncations, phantoms = (jnp.asarray(x, jnp.float32) for x in rollout[2:])
+    dones, weights = jnp.maximum(terminations, truncations), 1.0 - phantoms
+
+    # The parameters are still those of the rollout: its values and log-probabilities need no call of each step
+    observations = jnp.asarray(rollout.observations)
+    values = apply_in_chunks(networks.value, state.params["value"], observations)
+    logits = apply_in_chunks(networks.policy, state.params["policy"], observations[:-1])
+    log_probs = distribution(logits).log_prob(rollout.actions)
+    teacher_logits = apply_in_chunks(networks.teacher, teacher, observations[:-1])  # PPD: once, for all epochs
+
+    discounted, sums = discount_forward(rewards, dones, state.discounted, args.gamma)
+    return_stats = update_stats(state.return_stats, sums.reshape(-1), weights.reshape(-1))
+    rewards = jnp.clip(rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
+    advantages, returns = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
+
+    batch = Batch(
+        observations[:-1], jnp.asarray(rollout.actions), log_probs, advantages, returns, weights, teacher_logits)
+    batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
+    key, shuffle_key = jax.random.split(state.key)
+    epoch_keys = jax.random.split(shuffle_key, args.update_epochs)
+    orders = jax.vmap(jax.random.permutation, (0, None))(epoch_keys, args.batch_size)
+    state = state._replace(return_stats=return_stats, discounted=discounted, key=key)
+    return state, batch, orders.reshape(args.update_epochs * args.num_minibatches, -1)
+
+
+@partial(jax.jit, static_argnames=("args", "networks"), donate_argnames=("params", "opt_state"))
+def train_minibatch(
+    args: Args, networks: Networks, params: dict, opt_state: optax.OptState, batch: Batch, indices: jax.Array,
+    distill_coef: float,
+) -> tuple[dict, optax.OptState, dict[str, jax.Array]]:
+    """Takes a gradient step on the samples of these indices [B]."""
+    minibatch = jax.tree.map(lambda x: x[indices], batch)
+    minibatch = minibatch._replace(advantages=standardize(minibatch.advantages, minibatch.weights))
+
+    def loss_fn(params):
+        outputs = networks.policy.apply(params["policy"], minibatch.observations)
+        values = networks.value.apply(params["value"], minibatch.observations)
+        return ppd_loss(outputs, values, minibatch, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
+                        args.kl_direction)
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = make_optimizer(args).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def update(
+    args: Args, networks: Networks, teacher: dict, state: TrainState, rollout: Rollout, distill_coef: float
+) -> tuple[TrainState, dict[str, float]]:
+    """Learns from one rollout; returns the new state (the old one's arrays are gone) and the minibatches' mean metrics.
+
+    A loop of Python over minibatches: within lax.scan XLA's gradient of convolutions is ten times slower on a CPU.
+    """
+    state, batch, minibatches = prepare(args, networks, teacher, state, rollout)
+    params, opt_state, metrics = state.params, state.opt_state, []
+    for indices in jax.device_get(minibatches):
+        params, opt_state, found = train_minibatch(args, networks, params, opt_state, batch, indices, distill_coef)
+        metrics.append(found)
+    means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(metrics))
+    return state._replace(params=params, opt_state=opt_state), {f"losses/{name}": x for name, x in means.items()}
+
+
+# ======================================================================================================================
+# Files
+# ======================================================================================================================
+
+SCRIPT = Path(__file__).stem
+FORMAT, VERSION = "proximal-policy-distillation", 2
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: a killed run leaves no half of it under this name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a small file for people and programs."""
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def save_tree(path: Path, kind: str, tree: dict) -> None:
+    """Writes plain dicts, lists, strings, numbers and arrays as msgpack, in an envelope with their checksum."""
+    payload = serialization.msgpack_serialize(jax.device_get(tree))
+    envelope = {"format": FORMAT, "version": VERSION, "kind": kind, "sha256": hashlib.sha256(payload).hexdigest()}
+    write_atomic(path, serialization.msgpack_serialize(envelope | {"payload": payload}))
+
+
+def load_tree(path: str | Path, kind: str) -> dict:
+    """Reads a file of save_tree; ends the program if it is missing, cut short, damaged or something else."""
+    try:
+        envelope = serialization.msgpack_restore(Path(path).read_bytes())
+        found = [envelope[name] for name in ("format", "version", "kind", "sha256", "payload")]
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except Exception:  # msgpack raises many kinds for bytes that are not its own
+        fail(f"{path} is no {kind} file of this project, or is cut short")
+    if found[:3] != [FORMAT, VERSION, kind]:
+        fail(f"{path} is a {found[2]} file of {found[0]}, version {found[1]}; "
+             f"needed is a {kind} file, version {VERSION}")
+    if not isinstance(found[4], bytes) or found[3] != hashlib.sha256(found[4]).hexdigest():
+        fail(f"{path} is damaged: its checksum does not match")
+    return serialization.msgpack_restore(found[4])
+
+
+def load_policy(path: str | Path) -> tuple[dict, Policy, dict]:
+    """Reads a model file: all it holds, its policy network, and that network's parameters."""
+    model = load_tree(path, "model")
+    try:
+        kind, channels, hidden = (model["network"][name] for name in Network._fields)
+        network = Network(kind, tuple(map(int, channels)), tuple(map(int, hidden)))
+        policy, params = Policy(network, int(model["action_dim"])), model["params"]["policy"]
+        images = jnp.zeros(model["observation_shape"], jnp.uint8)
+        expected = jax.eval_shape(policy.init, jax.random.PRNGKey(0), images)
+        if network.kind not in ("nature", "impala"):
+            raise ValueError(f"its network is of the kind {network.kind}")
+        if jax.tree.map(jnp.shape, expected) != jax.tree.map(jnp.shape, params):
+            raise ValueError("its parameters are not those of the network it describes")
+        _ = [model[name] for name in ("env_id", "role", "command", "evaluation", "args")]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        fail(f"{path} is no model of a Procgen task: {type(error).__name__} {error}")
+    return model, policy, jax.tree.map(jnp.asarray, params)
+
+
+def plain_args(args: Args) -> dict:
+    """The flags as plain values, but not where the run's files lie: that says nothing on another machine."""
+    return json.loads(json.dumps(dataclasses.asdict(args) | {"run_dir": None, "resume": None}))
+
+
+def command_line(args: Args) -> str:
+    """The command that repeats this run: task, seed, and every flag of learning that is not its default."""
+    elsewhere = ("env_id", "seed", "device", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity")
+    words = ["python", f"{SCRIPT}.py", "--env-id", args.env_id, "--seed", str(args.seed)]
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if field.name not in elsewhere and value != field.default:
+            words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    return " ".join(words)
+
+
+def versions() -> dict[str, str]:
+    """What the run stands on."""
+    return {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+            "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}
+
+
+def save_checkpoint(
+    folder: Path, args: Args, updates: int, state: TrainState, cursor: Cursor, timing: dict[str, float]
+) -> None:
+    """Saves all that --resume needs after this many updates; the simulator's own state cannot be saved."""
+    save_tree(folder / "checkpoint.msgpack", "checkpoint", {
+        "script": SCRIPT, "args": plain_args(args), "updates": updates, "state": serialization.to_state_dict(state),
+        "finished": list(cursor.finished), "timing": timing})
+
+
+def check_finite(metrics: dict[str, float], number: int, folder: Path) -> None:
+    """Ends the run when a metric is NaN or infinite; the last checkpoint stays as it was."""
+    bad = [f"{name} = {value}" for name, value in metrics.items() if not np.isfinite(value)]
+    if bad:
+        path = folder / "checkpoint.msgpack"
+        rest = f"the last good state is {path}" if path.exists() else "it came before the first checkpoint"
+        raise SystemExit(f"error: update {number} gave {bad[0]}; {rest}")
+
+
+def progress_bar(args: Args, first: int) -> tqdm:
+    """Counts environment steps; where no terminal shows it, once a minute."""
+    total, done = args.num_updates * args.batch_size, first * args.batch_size
+    interval = 0.5 if sys.stderr.isatty() else 60.0
+    return tqdm(total=total, initial=done, desc=args.env_id, unit=" steps", unit_scale=True, mininterval=interval)
+
+
+class Log:
+    """progress.csv and TensorBoard events in the run's folder; Weights & Biases, where asked for, copies the latter."""
+
+    def __init__(self, folder: Path, args: Args, first_step: int):
+        """first_step: where the run goes on; rows after it, of updates that are made again, are dropped."""
+        path = folder / "progress.csv"
+        if first_step and path.exists():
+            header, *rows = path.read_bytes().splitlines(keepends=True) or [b""]
+            write_atomic(path, b"".join([header] + [row for row in rows if int(row.split(b",")[0]) <= first_step]))
+        if args.track:
+            import wandb
+
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=folder.name, resume="allow",
+                       config=plain_args(args), sync_tensorboard=True)
+        self.file = open(path, "a", newline="", buffering=1)
+        self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
+        """Logs the metrics of the update that ended at this environment step."""
+        row = {"global_step": step, "seconds": round(seconds, 3)} | metrics
+        table = csv.DictWriter(self.file, list(row))
+        if self.file.tell() == 0:
+            table.writeheader()
+        table.writerow(row)
+        for name, value in metrics.items():
+            if np.isfinite(value):  # there is no episodic return before an episode has ended
+                self.tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes out what is left."""
+        self.file.close()
+        self.tensorboard.close()
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM, so that the update under way can end; a second ends the program at once."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: Any) -> None:
+        caught.append(number)
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ======================================================================================================================
+# Evaluation
+# ======================================================================================================================
+
+
+def evaluate(envs: Any, policy_step: Callable) -> np.ndarray:
+    """Returns [N] of one episode in each of N environments: sums of raw rewards, undiscounted.
+
+    Each environment's first episode counts, so that short ones do not crowd out long; policy_step is as in `collect`.
+    """
+    observations, t = reset(envs), 0
+    returns, running = np.zeros(len(observations)), np.ones(len(observations), bool)
+    while running.any():
+        observations, rewards, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
+        returns += np.where(running, rewards, 0.0)
+        running &= ~ends
+        t += 1
+    envs.close()
+    return returns
+
+
+def assess(args: Args, policy: Policy, params: dict) -> dict[str, Any]:
+    """The paper's evaluation of a policy: sampled actions on unseen levels, and apart from them on training levels."""
+    result: dict[str, Any] = {}
+    key = jax.random.PRNGKey(args.seed)
+    for unseen in (True, False):
+        envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed, args.num_levels, unseen)
+        returns = evaluate(envs, lambda x, t: act_sampled(policy, params, key, x, t))
+        found = {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
+        result |= found if unseen else {"train_levels": found}
+    return result
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+
+
+def corrupt(params: dict, std: float, seed: int) -> dict:
+    """An imperfect teacher (section 4.2): adds Gaussian noise of this standard deviation to every parameter."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
+    return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
+
+
+def distill_coef_at(args: Args, fraction: float) -> float:
+    """λ at this fraction of the run, from 0 at its first update to 1 at its last: constant, or linear."""
+    final = args.distill_coef if args.distill_coef_final is None else args.distill_coef_final
+    return args.distill_coef + fraction * (final - args.distill_coef)
+
+
+def choose_device(device: str) -> None:
+    """Settles where the networks run, before JAX first computes."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # acting is waited for: handing it over only costs time
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+
+
+def restore(args: Args) -> tuple[Args, dict | None]:
+    """With --resume: the flags and the checkpoint of that run, wherever its folder has moved to."""
+    if args.resume is None:
+        return args, None
+    saved = load_tree(Path(args.resume, "checkpoint.msgpack"), "checkpoint")
+    if saved.get("script") != SCRIPT:
+        fail(f"{args.resume} is a run of {saved.get('script')}.py; go on with that script")
+    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
+    try:
+        return dataclasses.replace(Args(**flags), resume=args.resume, device=args.device), saved
+    except TypeError as error:
+        fail(f"{args.resume} was made by another version of {SCRIPT}.py ({error})")
+
+
+def load_teacher(args: Args) -> tuple[Args, Policy, dict]:
+    """The teacher's network and its parameters; the task, where no flag names it, is the teacher's."""
+    if args.env_id is None and args.teacher is None:
+        args = dataclasses.replace(args, env_id="CoinrunEasy-v0")
+    if args.env_id is not None:
+        check_task(args.env_id)
+    path = Path(args.teacher or Path(__file__).parent / "teachers" / f"{args.env_id}__100.msgpack")
+    if args.teacher is None and not path.exists():
+        fail(f"no teacher of {args.env_id} is shipped; train one with `python train_teacher.py --env-id {args.env_id}` "
+             "and name its file with --teacher")
+    model, policy, teacher = load_policy(path)
+    if args.env_id not in (None, model["env_id"]):
+        fail(f"{path} is a teacher of {model['env_id']}, not of {args.env_id}")
+    if args.env_id is None:
+        check_task(model["env_id"])
+    if args.num_levels is None:
+        args = dataclasses.replace(args, num_levels=model["args"]["num_levels"])
+    return dataclasses.replace(args, env_id=model["env_id"]), policy, teacher
+
+
+def make_folder(args: Args) -> Path:
+    """Creates the run's folder, with args.json in it."""
+    name = f"{args.env_id}__{SCRIPT}__{args.student_size}__{args.seed}__{int(time.time())}"
+    folder = Path(args.resume or args.run_dir or f"runs/{name}")
+    if args.resume is None:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            fail(f"cannot create {folder}: {error.strerror}")
+        write_json(folder / "args.json", dataclasses.asdict(args) | {"versions": versions()})
+    return folder
+
+
+def describe(evaluation: dict) -> str:
+    """One line about an evaluation."""
+    levels = evaluation["train_levels"]
+    return (f"{evaluation['mean']:>10.1f} ± {evaluation['std']:.1f} ({len(evaluation['returns'])} episodes; "
+            f"{levels['mean']:.1f} ± {levels['std']:.1f} on training levels)")
+
+
+def finish(
+    args: Args, networks: Networks, state: TrainState, teacher: dict, original: dict, folder: Path, timing: dict
+) -> dict[str, float]:
+    """Evaluates student and teacher on the same games, writes results.json and student.msgpack, prints the outcome.
+
+    teacher: as it taught; original: as it was before noise. Returns each one's mean, their ratio and the timing.
+    """
+    players = {"student": (networks.policy, state.params["policy"]), "teacher": (networks.teacher, original)}
+    if args.teacher_noise_std:
+        players["corrupted_teacher"] = (networks.teacher, teacher)
+    evaluations = {name: assess(args, *player) for name, player in players.items()}
+    numbers = {name: x["mean"] for name, x in evaluations.items()} | timing
+    numbers["ratio"] = numbers["student"] / numbers["teacher"] if numbers["teacher"] > 0 else float("nan")
+
+    network = {name: list(x) if isinstance(x, tuple) else x for name, x in args.network._asdict().items()}
+    about = {"env_id": args.env_id, "script": SCRIPT, "network": network, "args": plain_args(args),
+             "command": command_line(args), "versions": versions()}
+    ratio = {"ratio": numbers["ratio"] if numbers["teacher"] > 0 else None}  # of what is negative it would say nothing
+    write_json(folder / "results.json", about | timing | ratio | evaluations)
+    save_tree(folder / "student.msgpack", "model", about | {
+        "role": "student", "action_dim": networks.policy.num_actions, "observation_shape": list(OBSERVATION_SHAPE),
+        "params": state.params, "evaluation": evaluations["student"]})
+    for name, evaluation in evaluations.items():
+        print(f"{name.replace('_', ' '):<18} {describe(evaluation)}")
+    print(f"{'student / teacher':<18} {numbers['ratio']:>10.3f}")
+    print(f"{'steps per second':<18} {timing['SPS']:>10.0f}")
+    print(f"{'files':<18} {folder}")
+    return numbers
+
+
+def main(args: Args) -> dict[str, float]:
+    """Distils a student and evaluates it beside its teacher; returns the single numbers of results.json."""
+    choose_device(args.device)
+    args, saved = restore(args)
+    args, teacher_policy, original = load_teacher(args)
+    args = resolve(args)
+    teacher = corrupt(original, args.teacher_noise_std, args.teacher_noise_seed)
+    first = saved["updates"] if saved else 0
+    seed = args.seed + first * args.num_envs  # going on, it plays new games
+    envs = make_envs(args.env_id, args.num_envs, seed, args.num_levels)
+    networks = Networks(Policy(args.network, teacher_policy.num_actions), Value(args.network), teacher_policy)
+    state, cursor = init_state(args, networks), start(envs)
+    if saved:
+        state = jax.tree.map(jnp.array, serialization.from_state_dict(state, saved["state"]))
+        state = state._replace(discounted=jnp.zeros(args.num_envs))  # its episodes are gone with the simulator
+        cursor.finished.extend(saved["finished"])
+
+    folder = make_folder(args)
+    log = Log(folder, args, first * args.batch_size)
+    timing = saved["timing"] if saved else {"SPS": 0.0, "seconds": 0.0}
+    began = compiled = time.time()
+    before = timing["seconds"]
+    with progress_bar(args, first) as bar, catch_signals() as signals:
+        for number in range(first + 1, args.num_updates + 1):
+            key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, networks.policy.num_actions))
+            policy_step = partial(act, networks.policy, state.params["policy"], noise)
+            rollout = collect(envs, cursor, policy_step, args.num_steps)
+            distill_coef = distill_coef_at(args, (number - 1) / max(1, args.num_updates - 1))
+            state, metrics = update(args, networks, teacher, state._replace(key=key), rollout, distill_coef)
+            check_finite(metrics, number, folder)
+
+            now, steps = time.time(), number * args.batch_size
+            if number == first + 1:
+                timing["SPS"], compiled = args.batch_size / (now - began), now
+            else:  # the first update compiled; the speed is that of those after it
+                timing["SPS"] = (number - first - 1) * args.batch_size / (now - compiled)
+            timing["seconds"] = before + now - began
+            episodic_return = float(np.mean(cursor.finished)) if cursor.finished else float("nan")
+            charts = {"charts/episodic_return": episodic_return, "charts/SPS": timing["SPS"]}
+            log.write(steps, timing["seconds"], charts | metrics)
+            bar.set_postfix_str(f"return {episodic_return:.0f}, KL {metrics['losses/teacher_kl']:.3f}", refresh=False)
+            bar.update(args.batch_size)
+            if number % args.checkpoint_every == 0 or number == args.num_updates or signals:
+                save_checkpoint(folder, args, number, state, cursor, timing)
+            if signals:
+                log.close()
+                print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
+                raise SystemExit(128 + signals[0])
+    log.close()
+    envs.close()
+    return finish(args, networks, state, teacher, original, folder, timing)
+
+
+if __name__ == "__main__":
+    main(parse_args())
