@@ -127,27 +127,33 @@ def suite_of(env_id: str) -> str:
 Split = Literal["training", "evaluation", "train_levels"]
 
 
-def task_options(env_id: str, split: Split, frame_skip: int | None, num_levels: int | None) -> dict[str, Any]:
+class Variant(NamedTuple):
+    """How a task is played."""
+
+    frame_skip: int | None  # Atari
+    start_level: int | None  # Procgen
+    num_levels: int | None  # Procgen
+
+
+def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
     """envpool's options for a split of a task.
 
     Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
-    life ends an episode, but not the game. Procgen: 64x64 coloured images of the first num_levels levels, but of all
-    others in evaluation; train_levels evaluates on those of training.
+    life ends an episode, but not the game. Procgen: 64x64 coloured images of num_levels levels from start_level on, but
+    in evaluation of all later ones; train_levels evaluates on those of training.
     """
-    suite = suite_of(env_id)
+    suite, (frame_skip, first, levels) = suite_of(env_id), variant
     if suite == "atari":
         return {"frame_skip": frame_skip, "max_episode_steps": 108_000 // frame_skip,
                 "episodic_life": split == "training"}
     if suite == "procgen" and split == "evaluation":
-        return {"start_level": num_levels, "num_levels": 2**31 - 1 - num_levels}
-    return {"start_level": 0, "num_levels": num_levels} if suite == "procgen" else {}
+        return {"start_level": first + levels, "num_levels": 2**31 - 1 - first - levels}
+    return {"start_level": first, "num_levels": levels} if suite == "procgen" else {}
 
 
-def make_envs(
-    env_id: str, num_envs: int, seed: int, split: Split, frame_skip: int | None, num_levels: int | None
-) -> Any:
+def make_envs(env_id: str, num_envs: int, seed: int, split: Split, variant: Variant) -> Any:
     """Vectorised environments; the seed is given here because envpool ignores reset(seed=)."""
-    options = task_options(env_id, split, frame_skip, num_levels)
+    options = task_options(env_id, split, variant)
     try:
         return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **options)
     except ImportError:
@@ -380,8 +386,7 @@ def evaluation_step(policy: Policy, frozen: Frozen, env_id: str, seed: int) -> C
 
 
 def assess(
-    policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int, frame_skip: int | None,
-    num_levels: int | None,
+    policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int, variant: Variant
 ) -> dict[str, Any]:
     """The paper's evaluation of a policy: mean, standard deviation and all returns, in environments of their own seeds.
 
@@ -390,7 +395,7 @@ def assess(
     """
     result: dict[str, Any] = {}
     for split in ("evaluation", "train_levels") if suite_of(env_id) == "procgen" else ("evaluation",):
-        envs = make_envs(env_id, episodes, EVAL_SEED + seed, split, frame_skip, num_levels)
+        envs = make_envs(env_id, episodes, EVAL_SEED + seed, split, variant)
         returns = evaluate(envs, evaluation_step(policy, frozen, env_id, seed))
         found = {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
         result |= found if split == "evaluation" else {split: found}
@@ -422,15 +427,14 @@ def describe(evaluation: dict) -> str:
 
 
 def film(
-    policy: Policy, frozen: Frozen, env_id: str, seed: int, frame_skip: int | None, num_levels: int | None,
-    seconds: float,
+    policy: Policy, frozen: Frozen, env_id: str, seed: int, variant: Variant, seconds: float
 ) -> tuple[list[np.ndarray], float]:
     """Frames [H, W, 3] of the first episode, in real time at about 25 a second, and their exact number a second."""
-    options = task_options(env_id, "evaluation", frame_skip, num_levels)
+    options = task_options(env_id, "evaluation", variant)
     envs = import_envpool().make_gymnasium(
         env_id, num_envs=1, seed=EVAL_SEED + seed, render_mode="rgb_array", **options)
     policy_step, observations = evaluation_step(policy, frozen, env_id, seed), reset(envs)
-    duration = {"atari": (frame_skip or 1) / 60, "procgen": 1 / 15}.get(suite_of(env_id)) or SECONDS_PER_STEP[
+    duration = {"atari": (variant.frame_skip or 1) / 60, "procgen": 1 / 15}.get(suite_of(env_id)) or SECONDS_PER_STEP[
         env_id.split("-")[0]]
     every = max(1, round(0.04 / duration))
     frames = []
@@ -466,8 +470,8 @@ def main(args: Args) -> dict[str, float]:
         load_opengl()
     env_id, flags, network = model["env_id"], model["args"], policy.network
     episodes = args.episodes or (200 if suite_of(env_id) == "procgen" else 50)
-    task = (flags.get("frame_skip"), flags.get("num_levels"))
-    evaluation = assess(policy, frozen, env_id, episodes, args.seed, *task)
+    variant = Variant(*(flags.get(name) for name in Variant._fields))
+    evaluation = assess(policy, frozen, env_id, episodes, args.seed, variant)
     numbers = {"mean": evaluation["mean"], "std": evaluation["std"], "min": min(evaluation["returns"]),
                "median": float(np.median(evaluation["returns"])), "max": max(evaluation["returns"])}
     layers = "-".join(map(str, (*network.channels, *network.hidden)))
@@ -479,7 +483,7 @@ def main(args: Args) -> dict[str, float]:
         about = {"env_id": env_id, "command": model["command"], "seed": args.seed}
         write_atomic(Path(args.json), (json.dumps(about | numbers | evaluation, indent=2) + "\n").encode())
     if args.video:
-        frames, rate = film(policy, frozen, env_id, args.seed, *task, args.video_seconds)
+        frames, rate = film(policy, frozen, env_id, args.seed, variant, args.video_seconds)
         write_video(args.video, frames, rate)
         print(f"{args.video}: {len(frames)} frames, {rate:.0f} a second")
     return numbers

@@ -990,7 +990,7 @@ def finish(
     write_json(folder / "results.json", about | timing | ratio | evaluations)
     save_tree(folder / "student.msgpack", "model", about | {
         "role": "student", "action_dim": networks.policy.num_actions, "observation_shape": list(OBSERVATION_SHAPE),
-        "params": state.params, "evaluation": evaluations["student"]})
+        "params": state.params, "obs_stats": None, "evaluation": evaluations["student"]})
     for name, evaluation in evaluations.items():
         print(f"{name.replace('_', ' '):<18} {describe(evaluation)}")
     print(f"{'student / teacher':<18} {numbers['ratio']:>10.3f}")

@@ -70,8 +70,10 @@ class Task:
     env_id: str | None = None
     """task, by envpool's name: CoinrunEasy-v0, JumperEasy-v0, MinerEasy-v0, NinjaEasy-v0 (the paper's) or another
     Procgen game; by default the teacher's, and CoinrunEasy-v0 where no teacher is named either"""
+    start_level: int | None = None
+    """first level to learn on; by default the teacher's"""
     num_levels: int | None = None
-    """levels to learn on, the first ones; all others are for the test; by default as many as the teacher learned on"""
+    """levels to learn on; all later ones are for the test; by default as many as the teacher learned on"""
     seed: int = 100
     """seed of networks, actions, minibatches and environments (the paper's: 100, 200, 300, 400, 500); environment i
     takes seed + i, so seeds of one study should lie further apart than --num-envs and --eval-episodes"""
@@ -184,7 +186,8 @@ RANGES = {
     "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "eval_episodes": (1, 10**5), "seed": (0, 10**9 - 1),
     "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1), "gae_lambda": (0, 1),
     "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
-    "num_levels": (1, 10**9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6), "teacher_noise_std": (0, 1e6),
+    "start_level": (0, 10**9), "num_levels": (1, 10**9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
+    "teacher_noise_std": (0, 1e6),
 }
 
 
@@ -252,14 +255,17 @@ def check_task(env_id: str) -> None:
         fail(f"unknown Procgen task {env_id}; did you mean {', '.join(near)}?")
 
 
-def make_envs(env_id: str, num_envs: int, seed: int, num_levels: int, unseen: bool = False) -> Any:
+def make_envs(
+    env_id: str, num_envs: int, seed: int, start_level: int, num_levels: int, unseen: bool = False
+) -> Any:
     """Vectorised environments; the seed is given here because envpool ignores reset(seed=).
 
-    64x64 coloured images of the first num_levels levels, or of all the others.
+    64x64 coloured images of num_levels levels from start_level on, or of all later ones.
     """
-    levels = {"start_level": 0, "num_levels": num_levels}
+    levels = {"start_level": start_level, "num_levels": num_levels}
     if unseen:
-        levels = {"start_level": num_levels, "num_levels": 2**31 - 1 - num_levels}
+        first = start_level + num_levels
+        levels = {"start_level": first, "num_levels": 2**31 - 1 - first}
     try:
         return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **levels)
     except ImportError:
@@ -879,7 +885,8 @@ def assess(args: Args, policy: Policy, params: dict) -> dict[str, Any]:
     result: dict[str, Any] = {}
     key = jax.random.PRNGKey(args.seed)
     for unseen in (True, False):
-        envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed, args.num_levels, unseen)
+        seed, levels = EVAL_SEED + args.seed, (args.start_level, args.num_levels)
+        envs = make_envs(args.env_id, args.eval_episodes, seed, *levels, unseen)
         returns = evaluate(envs, lambda x, t: act_sampled(policy, params, key, x, t))
         found = {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
         result |= found if unseen else {"train_levels": found}
@@ -940,8 +947,8 @@ def load_teacher(args: Args) -> tuple[Args, Policy, dict]:
         fail(f"{path} is a teacher of {model['env_id']}, not of {args.env_id}")
     if args.env_id is None:
         check_task(model["env_id"])
-    if args.num_levels is None:
-        args = dataclasses.replace(args, num_levels=model["args"]["num_levels"])
+    inherited = [name for name in ("start_level", "num_levels") if getattr(args, name) is None]
+    args = dataclasses.replace(args, **{name: model["args"][name] for name in inherited})
     return dataclasses.replace(args, env_id=model["env_id"]), policy, teacher
 
 
@@ -986,7 +993,7 @@ def finish(
     write_json(folder / "results.json", about | timing | ratio | evaluations)
     save_tree(folder / "student.msgpack", "model", about | {
         "role": "student", "action_dim": networks.policy.num_actions, "observation_shape": list(OBSERVATION_SHAPE),
-        "params": state.params, "evaluation": evaluations["student"]})
+        "params": state.params, "obs_stats": None, "evaluation": evaluations["student"]})
     for name, evaluation in evaluations.items():
         print(f"{name.replace('_', ' '):<18} {describe(evaluation)}")
     print(f"{'student / teacher':<18} {numbers['ratio']:>10.3f}")
@@ -1004,7 +1011,7 @@ def main(args: Args) -> dict[str, float]:
     teacher = corrupt(original, args.teacher_noise_std, args.teacher_noise_seed)
     first = saved["updates"] if saved else 0
     seed = args.seed + first * args.num_envs  # going on, it plays new games
-    envs = make_envs(args.env_id, args.num_envs, seed, args.num_levels)
+    envs = make_envs(args.env_id, args.num_envs, seed, args.start_level, args.num_levels)
     networks = Networks(Policy(args.network, teacher_policy.num_actions), Value(args.network), teacher_policy)
     state, cursor = init_state(args, networks), start(envs)
     if saved:

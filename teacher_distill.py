@@ -67,6 +67,14 @@ NETWORKS = {
 }
 
 
+class Variant(NamedTuple):
+    """How a task is played."""
+
+    frame_skip: int | None  # Atari
+    start_level: int | None  # Procgen
+    num_levels: int | None  # Procgen
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learned, and where."""
@@ -81,8 +89,10 @@ class Task:
     """environment steps in all, rounded up to whole rollouts; envpool's reset steps count, as everywhere"""
     frame_skip: int | None = None
     """frames for which each action is repeated (Atari); by default as many as the teacher learned with"""
+    start_level: int | None = None
+    """first level to learn on (Procgen); by default the teacher's"""
     num_levels: int | None = None
-    """levels to learn on (Procgen), the first ones; all others are for the test; by default the teacher's"""
+    """levels to learn on (Procgen); all later ones are for the test; by default as many as the teacher learned on"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """where the networks run, also of a resumed run; gpu is an error where there is none"""
 
@@ -161,6 +171,11 @@ class Args(Output, Regression, Distillation, Task):
         return Network(network.kind, self.student_channels or network.channels, self.student_hidden or network.hidden)
 
     @property
+    def variant(self) -> Variant:
+        """How the task is played."""
+        return Variant(self.frame_skip, self.start_level, self.num_levels)
+
+    @property
     def batch_size(self) -> int:
         """Samples of a rollout, N*T."""
         return self.num_envs * self.num_steps
@@ -176,7 +191,7 @@ RANGES = {
     "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "checkpoint_every": (1, 10**9),
     "log_every": (1, 10**9), "eval_episodes": (1, 10**5), "seed": (0, 10**9 - 1), "teacher_noise_seed": (0, 2**32 - 1),
     "learning_rate": (0, 1e3), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
-    "frame_skip": (1, 100), "num_levels": (1, 10**9), "teacher_noise_std": (0, 1e6),
+    "frame_skip": (1, 100), "start_level": (0, 10**9), "num_levels": (1, 10**9), "teacher_noise_std": (0, 1e6),
 }
 
 
@@ -253,27 +268,25 @@ def suite_of(env_id: str) -> str:
 Split = Literal["training", "evaluation", "train_levels"]
 
 
-def task_options(env_id: str, split: Split, frame_skip: int | None, num_levels: int | None) -> dict[str, Any]:
+def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
     """envpool's options for a split of a task.
 
     Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
-    life ends an episode, but not the game. Procgen: 64x64 coloured images of the first num_levels levels, but of all
-    others in evaluation; train_levels evaluates on those of training.
+    life ends an episode, but not the game. Procgen: 64x64 coloured images of num_levels levels from start_level on, but
+    in evaluation of all later ones; train_levels evaluates on those of training.
     """
-    suite = suite_of(env_id)
+    suite, (frame_skip, first, levels) = suite_of(env_id), variant
     if suite == "atari":
         return {"frame_skip": frame_skip, "max_episode_steps": 108_000 // frame_skip,
                 "episodic_life": split == "training"}
     if suite == "procgen" and split == "evaluation":
-        return {"start_level": num_levels, "num_levels": 2**31 - 1 - num_levels}
-    return {"start_level": 0, "num_levels": num_levels} if suite == "procgen" else {}
+        return {"start_level": first + levels, "num_levels": 2**31 - 1 - first - levels}
+    return {"start_level": first, "num_levels": levels} if suite == "procgen" else {}
 
 
-def make_envs(
-    env_id: str, num_envs: int, seed: int, split: Split, frame_skip: int | None, num_levels: int | None
-) -> Any:
+def make_envs(env_id: str, num_envs: int, seed: int, split: Split, variant: Variant) -> Any:
     """Vectorised environments; the seed is given here because envpool ignores reset(seed=)."""
-    options = task_options(env_id, split, frame_skip, num_levels)
+    options = task_options(env_id, split, variant)
     try:
         return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **options)
     except ImportError:
@@ -828,8 +841,7 @@ def evaluation_step(policy: Policy, frozen: Frozen, env_id: str, seed: int) -> C
 
 
 def assess(
-    policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int, frame_skip: int | None,
-    num_levels: int | None,
+    policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int, variant: Variant
 ) -> dict[str, Any]:
     """The paper's evaluation of a policy: mean, standard deviation and all returns, in environments of their own seeds.
 
@@ -838,7 +850,7 @@ def assess(
     """
     result: dict[str, Any] = {}
     for split in ("evaluation", "train_levels") if suite_of(env_id) == "procgen" else ("evaluation",):
-        envs = make_envs(env_id, episodes, EVAL_SEED + seed, split, frame_skip, num_levels)
+        envs = make_envs(env_id, episodes, EVAL_SEED + seed, split, variant)
         returns = evaluate(envs, evaluation_step(policy, frozen, env_id, seed))
         found = {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
         result |= found if split == "evaluation" else {split: found}
@@ -906,7 +918,7 @@ def load_teacher(args: Args) -> tuple[Args, Networks, Frozen, dict]:
             raise ValueError("its parameters are not those of the network it describes")
     except (KeyError, TypeError, ValueError) as error:
         fail(f"{path} holds no value network to learn from: {type(error).__name__} {error}")
-    inherited = [name for name in ("frame_skip", "num_levels") if getattr(args, name) is None]
+    inherited = [name for name in ("frame_skip", "start_level", "num_levels") if getattr(args, name) is None]
     args = dataclasses.replace(args, env_id=model["env_id"], **{name: model["args"].get(name) for name in inherited})
     networks = Networks(Policy(args.network, policy.action_dim), Value(args.network), policy, teacher_value)
     return args, networks, teacher, value
@@ -948,7 +960,7 @@ def finish(
     players = {"student": (networks.policy, student), "teacher": (networks.teacher, original)}
     if args.teacher_noise_std:
         players["corrupted_teacher"] = (networks.teacher, teacher)
-    how = (args.env_id, args.eval_episodes, args.seed, args.frame_skip, args.num_levels)
+    how = (args.env_id, args.eval_episodes, args.seed, args.variant)
     evaluations = {name: assess(*player, *how) for name, player in players.items()}
     numbers = {name: x["mean"] for name, x in evaluations.items()} | timing
     numbers["ratio"] = numbers["student"] / numbers["teacher"] if numbers["teacher"] > 0 else float("nan")
@@ -979,7 +991,7 @@ def main(args: Args) -> dict[str, float]:
     teacher = original._replace(params=corrupt(original.params, args.teacher_noise_std, args.teacher_noise_seed))
     first = saved["updates"] if saved else 0
     seed = args.seed + first * args.num_envs  # going on, it plays new games
-    envs = make_envs(args.env_id, args.num_envs, seed, "training", args.frame_skip, args.num_levels)
+    envs = make_envs(args.env_id, args.num_envs, seed, "training", args.variant)
     states, shape = args.network.kind == "mlp", envs.observation_space.shape
     act = act_on_states if states else act_on_images
     state, cursor = init_state(args, networks, shape), start(envs)

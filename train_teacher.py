@@ -69,6 +69,14 @@ NETWORKS = {
 }
 
 
+class Variant(NamedTuple):
+    """How a task is played."""
+
+    frame_skip: int | None  # Atari
+    start_level: int | None  # Procgen
+    num_levels: int | None  # Procgen
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learned, and where."""
@@ -91,8 +99,10 @@ class Task:
     """widths of the hidden layers; overrides --size"""
     frame_skip: int = 4
     """frames for which each action is repeated (Atari); the paper's text says 1, its code and scores 4"""
+    start_level: int = 0
+    """first level to learn on (Procgen)"""
     num_levels: int = 200
-    """levels to learn on (Procgen), the first ones; all others are for the test"""
+    """levels to learn on (Procgen); all later ones are for the test"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """where the networks run, also of a resumed run; gpu is an error where there is none"""
 
@@ -157,6 +167,11 @@ class Args(Output, PPO, Task):
         return Network(network.kind, self.channels or network.channels, self.hidden or network.hidden)
 
     @property
+    def variant(self) -> Variant:
+        """How the task is played."""
+        return Variant(self.frame_skip, self.start_level, self.num_levels)
+
+    @property
     def batch_size(self) -> int:
         """Samples of a rollout, N*T."""
         return self.num_envs * self.num_steps
@@ -181,7 +196,7 @@ RANGES = {
     "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "eval_episodes": (1, 10**5), "seed": (0, 10**9 - 1),
     "learning_rate": (0, 1e3), "gamma": (0, 1), "gae_lambda": (0, 1),
     "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
-    "frame_skip": (1, 100), "num_levels": (1, 10**9),
+    "frame_skip": (1, 100), "start_level": (0, 10**9), "num_levels": (1, 10**9),
 }
 
 
@@ -264,27 +279,25 @@ def suite_of(env_id: str) -> str:
 Split = Literal["training", "evaluation", "train_levels"]
 
 
-def task_options(env_id: str, split: Split, frame_skip: int | None, num_levels: int | None) -> dict[str, Any]:
+def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
     """envpool's options for a split of a task.
 
     Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
-    life ends an episode, but not the game. Procgen: 64x64 coloured images of the first num_levels levels, but of all
-    others in evaluation; train_levels evaluates on those of training.
+    life ends an episode, but not the game. Procgen: 64x64 coloured images of num_levels levels from start_level on, but
+    in evaluation of all later ones; train_levels evaluates on those of training.
     """
-    suite = suite_of(env_id)
+    suite, (frame_skip, first, levels) = suite_of(env_id), variant
     if suite == "atari":
         return {"frame_skip": frame_skip, "max_episode_steps": 108_000 // frame_skip,
                 "episodic_life": split == "training"}
     if suite == "procgen" and split == "evaluation":
-        return {"start_level": num_levels, "num_levels": 2**31 - 1 - num_levels}
-    return {"start_level": 0, "num_levels": num_levels} if suite == "procgen" else {}
+        return {"start_level": first + levels, "num_levels": 2**31 - 1 - first - levels}
+    return {"start_level": first, "num_levels": levels} if suite == "procgen" else {}
 
 
-def make_envs(
-    env_id: str, num_envs: int, seed: int, split: Split, frame_skip: int | None, num_levels: int | None
-) -> Any:
+def make_envs(env_id: str, num_envs: int, seed: int, split: Split, variant: Variant) -> Any:
     """Vectorised environments; the seed is given here because envpool ignores reset(seed=)."""
-    options = task_options(env_id, split, frame_skip, num_levels)
+    options = task_options(env_id, split, variant)
     try:
         return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **options)
     except ImportError:
@@ -935,8 +948,7 @@ def evaluation_step(policy: Policy, frozen: Frozen, env_id: str, seed: int) -> C
 
 
 def assess(
-    policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int, frame_skip: int | None,
-    num_levels: int | None,
+    policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int, variant: Variant
 ) -> dict[str, Any]:
     """The paper's evaluation of a policy: mean, standard deviation and all returns, in environments of their own seeds.
 
@@ -945,7 +957,7 @@ def assess(
     """
     result: dict[str, Any] = {}
     for split in ("evaluation", "train_levels") if suite_of(env_id) == "procgen" else ("evaluation",):
-        envs = make_envs(env_id, episodes, EVAL_SEED + seed, split, frame_skip, num_levels)
+        envs = make_envs(env_id, episodes, EVAL_SEED + seed, split, variant)
         returns = evaluate(envs, evaluation_step(policy, frozen, env_id, seed))
         found = {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
         result |= found if split == "evaluation" else {split: found}
@@ -1011,8 +1023,7 @@ def finish(
 ) -> dict[str, float]:
     """Evaluates the teacher, writes results.json and teacher.msgpack, prints the outcome; returns mean and timing."""
     frozen = Frozen(state.params["policy"], state.obs_stats)
-    evaluation = assess(networks.policy, frozen, args.env_id, args.eval_episodes, args.seed, args.frame_skip,
-                        args.num_levels)
+    evaluation = assess(networks.policy, frozen, args.env_id, args.eval_episodes, args.seed, args.variant)
     network = {name: list(x) if isinstance(x, tuple) else x for name, x in args.network._asdict().items()}
     about = {"env_id": args.env_id, "script": SCRIPT, "network": network, "args": plain_args(args),
              "command": command_line(args), "versions": versions()}
@@ -1033,7 +1044,7 @@ def main(args: Args) -> dict[str, float]:
     args = resolve(args)
     first = saved["updates"] if saved else 0
     seed = args.seed + first * args.num_envs  # going on, it plays new games
-    envs = make_envs(args.env_id, args.num_envs, seed, "training", args.frame_skip, args.num_levels)
+    envs = make_envs(args.env_id, args.num_envs, seed, "training", args.variant)
     states, shape = args.network.kind == "mlp", envs.observation_space.shape
     action_dim = envs.action_space.shape[0] if states else int(envs.action_space.n)
     networks = Networks(Policy(args.network, action_dim), Value(args.network))

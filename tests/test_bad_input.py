@@ -190,5 +190,5 @@ def test_without_qt_the_line_says_what_to_install(m, monkeypatch, capsys):
 
     monkeypatch.setattr(m.import_envpool(), "make_gymnasium", fails)
     with pytest.raises(SystemExit) as stopped:
-        m.make_envs("CoinrunEasy-v0", 1, 0, *((200,) if m is ppd_procgen else ("training", None, 200)))
+        m.make_envs("CoinrunEasy-v0", 1, 0, *((0, 200) if m is ppd_procgen else ("training", m.Variant(None, 0, 200))))
     assert stopped.value.code == 2 and "apt-get install libqt5gui5" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_the_smaller_network_of_the_paper_s_text():
 
 @pytest.mark.parametrize("env_id", [*STATES, *ACTIONS])
 def test_the_environments_have_these_shapes(env_id):
-    envs = train_teacher.make_envs(env_id, 1, 0, "training", 4, 200)
+    envs = train_teacher.make_envs(env_id, 1, 0, "training", train_teacher.Variant(4, 0, 200))
     if env_id in STATES:
         assert (*envs.observation_space.shape, *envs.action_space.shape) == STATES[env_id]
     else:

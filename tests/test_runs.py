@@ -212,7 +212,7 @@ def test_imperfect_teachers_everywhere(m, env_id, tmp_path, teachers, monkeypatc
 def test_evaluation_counts_the_first_episode_of_each_environment(m, env_id, teachers):
     """The same games played one by one, each alone, give the same returns; envpool seeds environment i with seed + i."""
     model, policy, frozen = m.load_policy(teachers(env_id))
-    options = {ppd_mujoco: (), ppd_atari: (4, False), ppd_procgen: (200, True), evaluate: ("evaluation", 4, 200)}[m]
+    options = {ppd_mujoco: (), ppd_atari: (4, False), ppd_procgen: (0, 200, True), evaluate: ("evaluation", evaluate.Variant(4, 0, 200))}[m]
     stats = getattr(frozen, "obs_stats", None)
     if env_id == "Hopper-v4":
         policy_step = lambda x, t: m.act_deterministic(policy, frozen.params, stats, x)  # noqa: E731
@@ -243,7 +243,7 @@ def random_actions(rng, actions, envs):
     return lambda observations, t: rng.integers(0, actions, envs).astype(np.int32)
 
 
-@pytest.mark.parametrize(("m", "options"), [(ppd_atari, (4, True)), (train_teacher, ("training", 4, 200))])
+@pytest.mark.parametrize(("m", "options"), [(ppd_atari, (4, True)), (train_teacher, ("training", train_teacher.Variant(4, 0, 200)))])
 def test_a_whole_game_of_atlantis_under_life_loss_episodes(m, options):
     """No life is left before the game is over there. The return of a game is that of all its lives, and of no other game."""
     envs = m.make_envs("Atlantis-v5", 2, 3, *options)
@@ -270,7 +270,7 @@ def test_a_whole_game_of_atlantis_under_life_loss_episodes(m, options):
 @pytest.mark.parametrize("m", [ppd_atari, evaluate])
 def test_evaluation_on_atari_never_ends_with_a_life(m):
     """Breakout has five lives: its first termination comes with the last of them."""
-    envs = m.make_envs("Breakout-v5", 4, 0, *((4, False) if m is ppd_atari else ("evaluation", 4, None)))
+    envs = m.make_envs("Breakout-v5", 4, 0, *((4, False) if m is ppd_atari else ("evaluation", evaluate.Variant(4, None, None))))
     envs.reset()
     rng, lost = np.random.default_rng(0), False
     for _ in range(2000):
@@ -286,8 +286,8 @@ def test_evaluation_on_atari_never_ends_with_a_life(m):
 @pytest.mark.parametrize("m", [ppd_procgen, evaluate])
 @pytest.mark.parametrize(("unseen", "low", "high"), [(True, 200, 2**31), (False, 0, 199)])
 def test_procgen_evaluates_on_the_levels_it_says(m, unseen, low, high):
-    split = (unseen,) if m is ppd_procgen else ("evaluation" if unseen else "train_levels", None)
-    options = (200, *split) if m is ppd_procgen else (*split, 200)
+    split = "evaluation" if unseen else "train_levels"
+    options = (0, 200, unseen) if m is ppd_procgen else (split, m.Variant(None, 0, 200))
     envs, rng, levels = m.make_envs("JumperEasy-v0", 64, 0, *options), np.random.default_rng(0), set()
     levels |= set(envs.reset()[1]["level_seed"].tolist())
     for _ in range(300):

@@ -36,7 +36,7 @@ EXCEPTIONS = {
 }
 # Flags whose default, and with it the docstring, is each script's own
 DIFFERENT_FLAGS = {"env_id", "num_steps", "gamma", "ent_coef", "run_dir", "total_timesteps", "eval_episodes", "student_size",
-                   "frame_skip", "num_levels"}
+                   "frame_skip", "start_level", "num_levels"}
 SECTIONS = ["Arguments", "Environments", "Networks", "Mathematics", "Jitted steps", "Files", "Evaluation", "Main"]
 
 
