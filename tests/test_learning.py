@@ -10,8 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import needs_procgen, small
 
+import ppd_atari
 import ppd_mujoco
+import ppd_procgen
+import student_distill
+import teacher_distill
 import train_teacher
 
 
@@ -44,19 +49,24 @@ class Probe:
 
 
 def learn(m, envs, updates, gamma=0.9, teacher=None, **flags):
-    """The loop of main, on a probe; returns the networks, the final state, and a rollout of it."""
+    """The loop of main, on a probe; returns the networks, the final state, the statistics, and the last metrics."""
     args = m.Args(num_envs=8, num_steps=32, num_minibatches=4, gamma=gamma, ent_coef=0.0,
                   **({"learning_rate": 3e-3} | flags))
-    policy, value = m.Policy((32,), 1), m.Value((32,))
     stats = m.Stats(jnp.zeros(2), jnp.ones(2), jnp.float32(1.0))
-    networks = m.Networks(policy, value) if m is train_teacher else m.Networks(policy, value, m.Policy((32,), 1))
-    state, cursor = m.init_state(args, networks, 2), m.start(envs)
-    frozen = None if m is train_teacher else m.Frozen(teacher or networks.teacher.init(jax.random.PRNGKey(1), jnp.zeros((1, 2))), stats)
+    cursor = m.start(envs)
+    if m is train_teacher:
+        network = m.Network("mlp", (), (32,))
+        networks = m.Networks(m.Policy(network, 1), m.Value(network))
+        state = m.init_state(args, networks, (2,))
+    else:
+        networks = m.Networks(m.Policy((32,), 1), m.Value((32,)), m.Policy((32,), 1))
+        state = m.init_state(args, networks, 2)
+        frozen = m.Frozen(teacher or networks.teacher.init(jax.random.PRNGKey(1), jnp.zeros((1, 2))), stats)
     for _ in range(updates):
-        key, rollout_key = jax.random.split(state.key)
         obs_stats = state.obs_stats if m is train_teacher else stats
-        noise = m.draw_noise(rollout_key, 32, (8, 1))
-        rollout = m.collect(envs, cursor, partial(m.act, policy, state.params["policy"], obs_stats, noise), 32)
+        key, noise = m.draw_noise(state.key, 32, (8, 1), *((True,) if m is train_teacher else ()))
+        act = m.act_on_states if m is train_teacher else m.act
+        rollout = m.collect(envs, cursor, partial(act, networks.policy, state.params["policy"], obs_stats, noise), 32)
         state = state._replace(key=key)
         if m is train_teacher:
             state, metrics = m.update(args, networks, state, rollout)
@@ -111,3 +121,38 @@ def test_a_student_comes_to_its_teacher_without_any_reward(direction):
     last = learn(m, Probe(4, nothing), 150, **flags)[3]
     assert float(first["losses/teacher_kl"]) > 0.1
     assert float(last["losses/teacher_kl"]) < 0.05 * float(first["losses/teacher_kl"])
+
+
+@pytest.mark.parametrize(("m", "env_id"), [
+    (ppd_atari, "Pong-v5"), pytest.param(ppd_procgen, "CoinrunEasy-v0", marks=needs_procgen),
+    (student_distill, "Hopper-v4"), (student_distill, "Pong-v5"), (teacher_distill, "Hopper-v4"),
+    pytest.param(teacher_distill, "CoinrunEasy-v0", marks=needs_procgen)])
+def test_a_student_comes_to_a_peaked_teacher(m, env_id, teachers, tmp_path, monkeypatch):
+    """A teacher of random weights whose actions differ from image to image: the KL divergence to it falls by 80% and more."""
+    model = m.load_tree(teachers(env_id), "model")
+    rng = np.random.default_rng(0)
+    layers = model["params"]["policy"]["params"]
+    for name, layer in layers.items():
+        if name != "log_std":
+            layer["kernel"] = rng.normal(0.0, 1.0 / np.sqrt(np.prod(layer["kernel"].shape[:-1])), layer["kernel"].shape).astype(np.float32)
+    last = max(name for name in layers if name.startswith("Dense"))
+    layers[last]["kernel"] *= {"Hopper-v4": 3.0, "Pong-v5": 8.0, "CoinrunEasy-v0": 30.0}[env_id]
+    m.save_tree(tmp_path / "teacher", "model", model)
+    monkeypatch.setattr(m, "finish", lambda args, networks, state, *rest: {})
+    kl, update = [], m.update
+
+    def watched(*args):
+        state, metrics = update(*args)
+        kl.append(float(metrics["losses/teacher_kl"]))
+        return state, metrics
+
+    monkeypatch.setattr(m, "update", watched)
+    steps = 40_000 if env_id == "Hopper-v4" else 12_000 if m is ppd_procgen else 6_000
+    flags = {"total_timesteps": steps, "student_hidden": (64,), "learning_rate": 1e-3, "num_envs": 8, "teacher": str(tmp_path / "teacher")}
+    if env_id != "Hopper-v4":
+        flags |= {"student_channels": (16, 16, 16)}
+    if m not in (student_distill, teacher_distill):
+        flags |= {"num_steps": 32, "num_minibatches": 4}
+    m.main(small(m, env_id, tmp_path / "run", **flags))
+    first, last = np.mean(kl[:2]), np.mean(kl[-5:])
+    assert first > 0.1 and last < 0.2 * first, (first, last)
