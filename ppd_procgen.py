@@ -164,7 +164,8 @@ class Args(Output, PPO, Distillation, Task):
     def network(self) -> Network:
         """The student's networks (appendix A.3, with the smaller one of Table 4)."""
         network = NETWORKS[self.student_size]
-        return Network(network.kind, self.student_channels or network.channels, self.student_hidden or network.hidden)
+        channels = network.channels if self.student_channels is None else self.student_channels
+        return Network(network.kind, channels, network.hidden if self.student_hidden is None else self.student_hidden)
 
     @property
     def batch_size(self) -> int:
@@ -212,7 +213,7 @@ def resolve(args: Args) -> Args:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    if min(args.network.channels + args.network.hidden) < 1:
+    if not args.network.hidden or min(args.network.channels + args.network.hidden) < 1:
         fail(f"layers need a width of at least 1, not {args.network.channels} and {args.network.hidden}")
     if args.num_minibatches is None:
         divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)

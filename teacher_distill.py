@@ -168,7 +168,8 @@ class Args(Output, Regression, Distillation, Task):
     def network(self) -> Network:
         """The student's networks (appendix A.3, with the smaller convolutional one of Table 4)."""
         network = NETWORKS[suite_of(self.env_id)][self.student_size]
-        return Network(network.kind, self.student_channels or network.channels, self.student_hidden or network.hidden)
+        channels = network.channels if self.student_channels is None else self.student_channels
+        return Network(network.kind, channels, network.hidden if self.student_hidden is None else self.student_hidden)
 
     @property
     def variant(self) -> Variant:
@@ -220,7 +221,7 @@ def resolve(args: Args) -> Args:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     if suite == "mujoco" and args.student_channels is not None:
         fail(f"--student-channels is for networks of images; {args.env_id} has states")
-    if min(args.network.channels + args.network.hidden) < 1:
+    if not args.network.hidden or min(args.network.channels + args.network.hidden) < 1:
         fail(f"layers need a width of at least 1, not {args.network.channels} and {args.network.hidden}")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")

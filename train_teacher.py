@@ -164,7 +164,8 @@ class Args(Output, PPO, Task):
     def network(self) -> Network:
         """The networks of policy and value (appendix A.2)."""
         network = NETWORKS[suite_of(self.env_id)][self.size]
-        return Network(network.kind, self.channels or network.channels, self.hidden or network.hidden)
+        channels = network.channels if self.channels is None else self.channels
+        return Network(network.kind, channels, network.hidden if self.hidden is None else self.hidden)
 
     @property
     def variant(self) -> Variant:
@@ -225,7 +226,7 @@ def resolve(args: Args) -> Args:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     if suite == "mujoco" and args.channels is not None:
         fail(f"--channels is for networks of images; {args.env_id} has states")
-    if min(args.network.channels + args.network.hidden) < 1:
+    if not args.network.hidden or min(args.network.channels + args.network.hidden) < 1:
         fail(f"layers need a width of at least 1, not {args.network.channels} and {args.network.hidden}")
     if args.num_minibatches is None:
         divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)

@@ -36,7 +36,7 @@ class Args:
 
     env_id: Literal["Pong-v5", "CoinrunEasy-v0"] = "Pong-v5"
     """task"""
-    timesteps: int = 6_000
+    timesteps: int = 4_000
     """environment steps of each method"""
     learning_rate: float = 3e-4
     """step size of each method"""

@@ -20,6 +20,8 @@ def test_every_result_stands_in_the_readme_as_it_was_measured(path):
     if "medians" in result:  # benchmark/speed.py
         figures = [f"{result['medians']['script']:,.0f}", f"{result['medians']['share']:.0%}"]
         lines = rows(re.search(r"--script (\w+)", result["command"])[1] if "--script" in result["command"] else "ppd_mujoco")
+    elif "kl" in result:  # benchmark/pixels.py
+        figures, lines = [f"{x['first']:.3f} to {x['last']:.3f}" for x in result["kl"].values()], rows(result["env_id"])
     else:
         whom = ("student", "teacher") if "student" in result else ("teacher",)
         figures = [f"{result[name]['mean']:,.0f} ± {result[name]['std']:,.0f}" for name in whom]
@@ -39,7 +41,6 @@ def test_files_the_readme_links_to_exist():
 
 
 def test_flags_the_readme_names_exist():
-    text = "".join((ROOT / name).read_text() for name in ("train_teacher.py", "ppd_mujoco.py", "evaluate.py", "benchmark/speed.py",
-                                                          "tests/test_shared_blocks.py"))
+    text = "".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")))
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)) - {"help", "sync"}:
         assert re.search(rf"\b{flag.replace('-', '_')}:", text), flag
