@@ -438,7 +438,7 @@ def film(
         env_id.split("-")[0]]
     every = max(1, round(0.04 / duration))
     frames = []
-    for t in range(max(1, int(seconds / duration))):
+    for t in range(max(1, round(seconds / duration))):
         if t % every == 0:
             frames.append(np.array(envs.render(env_ids=[0])[0]))
         observations, _, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))

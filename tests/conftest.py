@@ -43,7 +43,7 @@ RUNS = [*on(train_teacher, *EVERYWHERE), *STUDENTS]
 
 def small(m, env_id, folder, **flags):
     """Flags of the smallest run with three updates (50 of the baselines' shorter ones)."""
-    images = env_id != "Hopper-v4"
+    images = not env_id.endswith("v4")
     updates, steps = (50, 5) if m in (student_distill, teacher_distill) else (3, 16)
     network = {"hidden": (8,)} | ({"channels": (4, 4, 4), "size": "smaller"} if images else {})
     if m is not train_teacher:

@@ -318,13 +318,13 @@ def test_a_film_of_mujoco_can_be_opened(tiny_teacher, tmp_path):
     assert frames.shape == (5, 480, 480, 3) and frames.std() > 10 and (frames[0] != frames[-1]).any()
 
 
-@pytest.mark.parametrize(("env_id", "shape"), [("Pong-v5", (3, 210, 160, 3)),
-                                               pytest.param("CoinrunEasy-v0", (3, 64, 64, 3), marks=needs_procgen)])
+@pytest.mark.parametrize(("env_id", "shape"), [("Pong-v5", (210, 160, 3)),
+                                               pytest.param("CoinrunEasy-v0", (64, 64, 3), marks=needs_procgen)])
 def test_a_film_of_images_can_be_opened(env_id, shape, teachers, tmp_path):
     film = tmp_path / "film.gif"
-    evaluate.main(evaluate.Args(model=str(teachers(env_id)), episodes=1, video=str(film), video_seconds=0.2))
+    evaluate.main(evaluate.Args(model=str(teachers(env_id)), episodes=1, video=str(film), video_seconds=3.0))
     frames = imageio.imread(film)
-    assert frames.shape == shape and frames.std() > 10
+    assert frames.shape[1:] == shape and len(frames) > 5 and frames.std() > 10
 
 
 @pytest.mark.parametrize("script", ["train_teacher", "ppd_mujoco", "ppd_atari", "ppd_procgen", "student_distill", "teacher_distill",
