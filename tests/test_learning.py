@@ -148,11 +148,11 @@ def test_a_student_comes_to_a_peaked_teacher(m, env_id, teachers, tmp_path, monk
 
     monkeypatch.setattr(m, "update", watched)
     steps = 40_000 if env_id == "Hopper-v4" else 12_000 if m is ppd_procgen else 6_000
-    flags = {"total_timesteps": steps, "student_hidden": (64,), "learning_rate": 2e-3 if m is ppd_procgen else 1e-3, "num_envs": 8, "teacher": str(tmp_path / "teacher")}
+    flags = {"total_timesteps": steps, "student_hidden": (64,), "learning_rate": 1e-3, "num_envs": 8, "teacher": str(tmp_path / "teacher")}
     if env_id != "Hopper-v4":
         flags |= {"student_channels": (16, 16, 16)}
     if m not in (student_distill, teacher_distill):
-        flags |= {"num_steps": 32, "num_minibatches": 4}
+        flags |= {"num_steps": 32, "num_minibatches": 4, "distill_coef": 10.0}  # rewards would pull elsewhere
     m.main(small(m, env_id, tmp_path / "run", **flags))
-    first, last = np.mean(kl[:2]), np.mean(kl[-5:])
+    first, last = kl[0], np.mean(kl[-5:])
     assert first > 0.1 and last < 0.2 * first, (first, last)
