@@ -245,18 +245,6 @@ class Policy(nn.Module):
         return output, jnp.broadcast_to(log_std, output.shape)
 
 
-class Value(nn.Module):
-    """State value: a network that shares nothing with the policy."""
-
-    network: Network
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x as in `torso`. Returns values [...]."""
-        x = torso(self.network, x)
-        return nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x).squeeze(-1)
-
-
 def distribution(outputs: jax.Array | tuple[jax.Array, jax.Array]) -> distrax.Distribution:
     """The action distribution that a policy's outputs stand for."""
     if isinstance(outputs, tuple):

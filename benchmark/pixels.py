@@ -61,7 +61,7 @@ def random_teacher(args: Args, path: Path) -> None:
     head = params["policy"]["params"]["Dense_1"]
     head["kernel"] = head["kernel"] * args.scale / 0.01
     m.save_tree(path, "model", {
-        "env_id": args.env_id, "script": "benchmark/pixels", "args": dataclasses.asdict(flags), "role": "teacher",
+        "env_id": args.env_id, "script": "benchmark/pixels", "args": m.plain_args(flags), "role": "teacher",
         "network": {name: list(x) if isinstance(x, tuple) else x for name, x in flags.network._asdict().items()},
         "command": "python benchmark/pixels.py", "versions": m.versions(), "action_dim": policy.action_dim,
         "observation_shape": list(shape), "params": params, "obs_stats": None,

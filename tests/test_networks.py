@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import needs_procgen
 
 import evaluate
 import ppd_atari
@@ -100,7 +101,8 @@ def test_the_smaller_network_of_the_paper_s_text():
     assert counts["CoinrunEasy-v0"] == {99_439}
 
 
-@pytest.mark.parametrize("env_id", [*STATES, *ACTIONS])
+@pytest.mark.parametrize("env_id", [
+    pytest.param(env_id, marks=[needs_procgen] if suite(env_id) == "procgen" else []) for env_id in (*STATES, *ACTIONS)])
 def test_the_environments_have_these_shapes(env_id):
     envs = train_teacher.make_envs(env_id, 1, 0, "training", train_teacher.Variant(4, 0, 200))
     if env_id in STATES:
