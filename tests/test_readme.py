@@ -1,5 +1,6 @@
 """The README's numbers are those of the raw results in the repository, and its commands exist."""
 
+import csv
 import json
 import re
 
@@ -28,6 +29,17 @@ def test_every_result_stands_in_the_readme_as_it_was_measured(path):
         figures += [f"{result['ratio']:.3f}"] if "ratio" in result else []
         lines = rows(result["env_id"])
     assert any(all(figure in line for figure in figures) for line in lines), figures
+
+
+@pytest.mark.parametrize(("method", "word"), [("ppo", "PPO, the teacher"), ("ppd", "PPD from the teacher")])
+def test_the_one_level_table_is_that_of_the_raw_curves(method, word):
+    cells = []
+    for seed in (100, 200):
+        with open(ROOT / f"benchmark/results/one_level/{method}__{seed}.csv", newline="") as file:
+            curve = [(int(row["global_step"]), float(row["charts/episodic_return"])) for row in csv.DictReader(file)]
+        solved = [step for step, value in curve if value >= 9]
+        cells.append(f"{solved[0]:,}" if solved else f"not within {curve[-1][0]:,} (last: {curve[-1][1]:.1f})")
+    assert rows(word) == [next(row for row in rows(word) if row.endswith(f"| {cells[0]} | {cells[1]} |"))]
 
 
 def test_shipped_teachers_have_their_results():
