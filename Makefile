@@ -10,7 +10,7 @@ demo: $(VENV)/installed  ## distil the shipped Hopper teacher into a larger stud
 	$(RUN) ppd_mujoco.py --env-id Hopper-v4 --student-size larger --total-timesteps 300000
 
 test: $(VENV)/installed-dev lint  ## lint, then every test
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

@@ -6,7 +6,8 @@
 Raw rewards and whole games: 50 episodes with deterministic actions (Atari, MuJoCo), or 200 with sampled actions
 (Procgen) on unseen levels and, apart from them, on those of training. There are as many environments as episodes and
 each one's first episode counts, so that short ones are not over-represented. Source: Spigler, "Proximal Policy
-Distillation", TMLR 2025 (arXiv 2407.15134), section 4.
+Distillation", TMLR 2025 (arXiv 2407.15134), section 4. Models of ppd_gymnax.py are evaluated as that script does:
+100 episodes, with sampled actions on MinAtar.
 """
 
 import ctypes
@@ -40,7 +41,7 @@ from flax import serialization
 class Network(NamedTuple):
     """What a network is made of: convolutions, unless it is an MLP, then hidden layers."""
 
-    kind: Literal["mlp", "nature", "impala"]
+    kind: Literal["mlp", "nature", "impala", "minatar"]
     channels: tuple[int, ...]
     hidden: tuple[int, ...]
 
@@ -52,7 +53,7 @@ class Args:
     model: tyro.conf.Positional[str]
     """model file: teacher.msgpack or student.msgpack of a run, or a shipped teacher"""
     episodes: int | None = None
-    """episodes, one for each of as many environments; the paper's: 50, but 200 on Procgen"""
+    """episodes, one for each of as many environments; the paper's: 50, but 200 on Procgen; on gymnax 100"""
     seed: int = 0
     """seed of the environments, environment i takes seed + i; a run's own evaluation used that run's seed"""
     json: str | None = None
@@ -160,6 +161,39 @@ def make_envs(env_id: str, num_envs: int, seed: int, split: Split, variant: Vari
         fail(f"{env_id} needs Qt, which envpool's Procgen draws with; on Debian: apt-get install libqt5gui5")
 
 
+class GymnaxEnvs:
+    """gymnax's environments behind the part of envpool's interface that is used here; observations [N, D] are flat."""
+
+    def __init__(self, env_id: str, num_envs: int, seed: int):
+        """seed: settles all that happens in these environments."""
+        import gymnax
+
+        self.env, self.params = gymnax.make(env_id)
+        self.key, self.num_envs = jax.random.PRNGKey(seed), num_envs
+        self.action_space = self.env.action_space(self.params)
+        self.step_all = jax.jit(jax.vmap(self.env.step, (0, 0, 0, None)))
+        self.states: Any = None
+
+    def split(self) -> jax.Array:
+        """A new key for each environment."""
+        self.key, key = jax.random.split(self.key)
+        return jax.random.split(key, self.num_envs)
+
+    def reset(self) -> tuple[np.ndarray, dict]:
+        """Starts all environments: their observations, and no further information."""
+        observations, self.states = jax.jit(jax.vmap(self.env.reset, (0, None)))(self.split(), self.params)
+        return np.asarray(observations).reshape(self.num_envs, -1), {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """Steps all environments with actions [N] or [N, A]; one that ends begins anew at once."""
+        actions = jnp.asarray(actions).reshape(self.num_envs, *self.action_space.shape)
+        observations, self.states, *rest, _ = self.step_all(self.split(), self.states, actions, self.params)
+        return np.asarray(observations).reshape(self.num_envs, -1), *map(np.asarray, rest), {}
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 def as_stored(observations: np.ndarray) -> np.ndarray:
     """States [N, D] as float32; images [N, C, H, W] stay uint8."""
     return observations if observations.dtype == np.uint8 else observations.astype(np.float32)
@@ -190,13 +224,20 @@ def step(envs: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def torso(network: Network, x: jax.Array) -> jax.Array:
-    """Features [..., F] of normalised states [..., D], or of images [..., C, H, W], uint8.
+    """Features [..., F] of normalised states or flat grids [..., D], or of images [..., C, H, W], uint8.
 
-    An MLP, Nature-CNN (Mnih et al. 2015) or IMPALA-CNN (Espeholt et al. 2018). Called inside a module's __call__, whose
-    layers these become.
+    An MLP, Nature-CNN (Mnih et al. 2015), IMPALA-CNN (Espeholt et al. 2018), or one convolution of MinAtar's grids
+    (Young and Tian 2019). Called inside a module's __call__, whose layers these become.
     """
     orthogonal = nn.initializers.orthogonal(np.sqrt(2))
-    if network.kind != "mlp":
+    if network.kind == "minatar":  # the convolution as a matrix product of patches, which ppd_gymnax.py says why
+        x = x.reshape(*x.shape[:-1], 10, 10, -1)
+        for channels in network.channels:
+            side = x.shape[-2] - 2
+            windows = [x[..., i:i + side, j:j + side, :] for i in range(3) for j in range(3)]
+            x = nn.relu(nn.Dense(channels, kernel_init=orthogonal)(jnp.concatenate(windows, axis=-1)))
+        x = x.reshape(*x.shape[:-3], -1)
+    if network.kind in ("nature", "impala"):
         x = jnp.moveaxis(x, -3, -1).astype(jnp.float32) / 255.0
     if network.kind == "nature":
         for channels, size, stride in zip(network.channels, (8, 4, 3), (4, 2, 1), strict=True):
@@ -209,7 +250,7 @@ def torso(network: Network, x: jax.Array) -> jax.Array:
                 y = conv(channels)(nn.relu(x))
                 x = x + conv(channels)(nn.relu(y))
         x = nn.relu(x)
-    if network.kind != "mlp":
+    if network.kind in ("nature", "impala"):
         x = x.reshape(*x.shape[:-3], -1)
     for width in network.hidden:
         x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))
@@ -229,17 +270,18 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 class Policy(nn.Module):
-    """Gaussian policy of states, whose log standard deviation does not depend on them; categorical policy of images."""
+    """Gaussian policy, whose log standard deviation does not depend on the state, or categorical policy."""
 
     network: Network
     action_dim: int
+    gaussian: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x as in `torso`. Returns mean and log standard deviation, both [..., A], or logits [..., A]."""
         x = torso(self.network, x)
         output = nn.Dense(self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))(x)
-        if self.network.kind != "mlp":
+        if not self.gaussian:
             return output
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
         return output, jnp.broadcast_to(log_std, output.shape)
@@ -328,15 +370,18 @@ def load_policy(path: str | Path) -> tuple[dict, Policy, Frozen]:
     try:
         kind, channels, hidden = (model["network"][name] for name in Network._fields)
         network = Network(kind, tuple(map(int, channels)), tuple(map(int, hidden)))
-        if kind not in ("mlp", "nature", "impala"):
+        if kind not in ("mlp", "nature", "impala", "minatar"):
             raise ValueError(f"its network is of the kind {kind}")
-        policy, stats = Policy(network, int(model["action_dim"])), model["obs_stats"]
+        gaussian = "log_std" in model["params"]["policy"]["params"]
+        policy, stats = Policy(network, int(model["action_dim"]), gaussian), model["obs_stats"]
         frozen = Frozen(model["params"]["policy"], None if stats is None else Stats(**stats))
-        x = jnp.zeros(model["observation_shape"], jnp.float32 if kind == "mlp" else jnp.uint8)
+        x = jnp.zeros(model["observation_shape"], jnp.uint8 if kind in ("nature", "impala") else jnp.float32)
         expected = jax.eval_shape(policy.init, jax.random.PRNGKey(0), x)
         if jax.tree.map(jnp.shape, expected) != jax.tree.map(jnp.shape, frozen.params):
             raise ValueError("its parameters are not those of the network it describes")
-        if kind == "mlp" and list(frozen.obs_stats.mean.shape) != list(model["observation_shape"]):
+        if stats is not None and list(frozen.obs_stats.mean.shape) != list(model["observation_shape"]):
+            raise ValueError("its observation statistics are not those of its task")
+        if (stats is None) != (kind != "mlp" or model["env_id"].endswith("-MinAtar")):
             raise ValueError("its observation statistics are not those of its task")
         _ = [model[name] for name in ("env_id", "role", "command", "evaluation", "args")]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -394,6 +439,20 @@ def assess(
     return result
 
 
+def gymnax_step(policy: Policy, frozen: Frozen, env_id: str, seed: int) -> Callable:
+    """How a policy acts on gymnax's tasks: the likeliest actions, but sampled on MinAtar, whose games hardly vary."""
+    key = jax.random.PRNGKey(seed)
+    if env_id.endswith("-MinAtar"):
+        return lambda observations, t: act_sampled(policy, frozen.params, key, observations, t)
+    return lambda observations, t: act_deterministic(policy, frozen.params, frozen.obs_stats, observations)
+
+
+def assess_gymnax(policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int) -> dict[str, Any]:
+    """The evaluation of a policy on one of gymnax's tasks: mean, standard deviation and all returns."""
+    returns = evaluate(GymnaxEnvs(env_id, episodes, EVAL_SEED + seed), gymnax_step(policy, frozen, env_id, seed))
+    return {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
+
+
 def load_opengl() -> None:
     """Loads what envpool's renderer wants loaded before envpool itself; without it, filming would end the program."""
     try:
@@ -436,6 +495,40 @@ def film(
     return frames, 1.0 / (duration * every)
 
 
+def film_gymnax(
+    policy: Policy, frozen: Frozen, env_id: str, seed: int, seconds: float
+) -> tuple[list[np.ndarray], float]:
+    """Frames [H, W, 3] of the first episode as gymnax draws it, one for each step, and their number a second."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from gymnax.visualize import Visualizer
+
+    envs = GymnaxEnvs(env_id, 1, EVAL_SEED + seed)
+    policy_step, observations = gymnax_step(policy, frozen, env_id, seed), reset(envs)
+    states, total = [], 0.0
+    returns = []
+    rate = 10.0 if env_id.endswith("-MinAtar") else 20.0
+    for t in range(max(1, round(seconds * rate))):
+        states.append(jax.tree.map(lambda x: x[0], envs.states))
+        returns.append(total)
+        observations, rewards, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
+        total += float(rewards[0])
+        if ends[0]:
+            break
+    drawing = Visualizer(envs.env, envs.params, states, returns)
+    try:
+        drawing.init()
+    except Exception as error:  # of many kinds: a task without a drawing, a package that is not there
+        fail(f"gymnax cannot draw {env_id} here ({error}); classic control needs pygame: pip install pygame")
+    frames = []
+    for t in range(len(states)):
+        drawing.update(t)
+        drawing.fig.canvas.draw()
+        frames.append(np.asarray(drawing.fig.canvas.buffer_rgba())[..., :3].copy())
+    return frames, rate
+
+
 def write_video(path: str, frames: list[np.ndarray], rate: float) -> None:
     """Writes a .gif that repeats for ever, or an .mp4."""
     if path.endswith(".gif"):
@@ -454,12 +547,16 @@ def main(args: Args) -> dict[str, float]:
     """Evaluates the model; returns what it prints."""
     check(args)
     model, policy, frozen = load_policy(args.model)
-    if args.video and policy.network.kind == "mlp":
-        load_opengl()
     env_id, flags, network = model["env_id"], model["args"], policy.network
-    episodes = args.episodes or (200 if suite_of(env_id) == "procgen" else 50)
+    gymnax = model.get("library") == "gymnax"
     variant = Variant(*(flags.get(name) for name in Variant._fields))
-    evaluation = assess(policy, frozen, env_id, episodes, args.seed, variant)
+    if gymnax:
+        evaluation = assess_gymnax(policy, frozen, env_id, args.episodes or 100, args.seed)
+    else:
+        if args.video and network.kind == "mlp":
+            load_opengl()
+        episodes = args.episodes or (200 if suite_of(env_id) == "procgen" else 50)
+        evaluation = assess(policy, frozen, env_id, episodes, args.seed, variant)
     numbers = {"mean": evaluation["mean"], "std": evaluation["std"], "min": min(evaluation["returns"]),
                "median": float(np.median(evaluation["returns"])), "max": max(evaluation["returns"])}
     layers = "-".join(map(str, (*network.channels, *network.hidden)))
@@ -471,7 +568,8 @@ def main(args: Args) -> dict[str, float]:
         about = {"env_id": env_id, "command": model["command"], "seed": args.seed}
         write_atomic(Path(args.json), (json.dumps(about | numbers | evaluation, indent=2) + "\n").encode())
     if args.video:
-        frames, rate = film(policy, frozen, env_id, args.seed, variant, args.video_seconds)
+        frames, rate = (film_gymnax(policy, frozen, env_id, args.seed, args.video_seconds) if gymnax else
+                        film(policy, frozen, env_id, args.seed, variant, args.video_seconds))
         write_video(args.video, frames, rate)
         print(f"{args.video}: {len(frames)} frames, {rate:.0f} a second")
     return numbers

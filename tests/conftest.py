@@ -8,6 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # the tests compile more than they compute
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # over which ppd_gymnax.py spreads its seeds
 sys.path.insert(0, str(ROOT))
 
 import envpool  # noqa: E402

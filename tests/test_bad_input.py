@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import evaluate
 import ppd_atari
+import ppd_gymnax
 import ppd_mujoco
 import ppd_procgen
 import student_distill
@@ -103,6 +104,22 @@ BAD = [
     (teacher_distill, "--teacher {x}/newer", "version 3"),
     (teacher_distill, "--teacher {x}/elsewhere", "unknown task Hopper-v1"),
     (teacher_distill, "--teacher {t} --device gpu", "--device gpu: JAX finds no GPU"),
+    (ppd_gymnax, "--env-id Breakout", "unknown gymnax task Breakout; did you mean Breakout-MinAtar"),
+    (ppd_gymnax, "--env-id MNISTBandit-bsuite", "unknown gymnax task MNISTBandit-bsuite"),
+    (ppd_gymnax, "--num-seeds 0", "--num-seeds must lie between 1 and"),
+    (ppd_gymnax, "--distill-coef 1 -1", "--distill-coef takes numbers between 0 and 1e6"),
+    (ppd_gymnax, "--distill-coef nan", "--distill-coef takes numbers between 0 and 1e6"),
+    (ppd_gymnax, "--method student-distill --distill-coef 2", "--distill-coef weighs PPD's term; student-distill has none"),
+    (ppd_gymnax, "--env-id CartPole-v1 --cnn", "--cnn is for MinAtar; CartPole-v1 has states"),
+    (ppd_gymnax, "--num-minibatches 7", "does not divide a rollout of 64 environments x 32 steps"),
+    (ppd_gymnax, "--teacher-num-steps 3 --num-minibatches 256", "does not divide a teacher rollout of 64 environments x 3 steps"),
+    (ppd_gymnax, "--student-hidden 8 0", "hidden layers need a width of at least 1"),
+    (ppd_gymnax, "--num-parts 0", "--num-parts must lie between 1 and"),
+    (ppd_gymnax, "--teacher {t}", "is no teacher of Breakout-MinAtar"),
+    (ppd_gymnax, "--teacher {x}/short", "is no model file of this project, or is cut short"),
+    (ppd_gymnax, "--run-dir {x}", "exists; name another folder"),
+    (ppd_gymnax, "--resume {x}/ppd", "is a run of ppd_mujoco.py; go on with that script"),
+    (ppd_gymnax, "--device gpu", "--device gpu: JAX finds no GPU"),
     (evaluate, "{x}/missing", "cannot read {x}/missing: No such file or directory"),
     (evaluate, "{x}/short", "is no model file of this project, or is cut short"),
     (evaluate, "{t} --episodes 0", "--episodes must lie between 1 and"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import ppd_atari
+import ppd_gymnax
 import ppd_mujoco
 import ppd_procgen
 import student_distill
@@ -23,6 +24,7 @@ CASES = sorted({key.rsplit("/", 1)[0] for key in GOLDEN})
 GAUSSIAN = [case for case in CASES if case.startswith("gaussian")]
 DISCRETE = [case for case in CASES if case.startswith("discrete")]
 PPD = [(ppd_mujoco, case) for case in GAUSSIAN] + [(m, case) for m in (ppd_atari, ppd_procgen) for case in DISCRETE]
+PPD += [(ppd_gymnax, case) for case in CASES]
 
 
 def load(case):
@@ -45,8 +47,8 @@ def teacher_outputs(d):
 
 
 def ppd_batch(m, d):
-    weights = jnp.ones(len(d["actions"]))
-    return m.Batch(None, d["actions"], d["old_logprobs"], d["advantages"], d["returns"], weights, teacher_outputs(d))
+    weights = () if m is ppd_gymnax else (jnp.ones(len(d["actions"])),)  # there is no phantom in gymnax
+    return m.Batch(None, d["actions"], d["old_logprobs"], d["advantages"], d["returns"], *weights, teacher_outputs(d))
 
 
 def ppd(t, m, d, lam, direction, batch=None):
@@ -71,7 +73,7 @@ def is_reference(grad, d):
 
 
 def test_the_data_covers_what_it_should():
-    assert len(GAUSSIAN) == len(DISCRETE) == 5 and len(PPD) == 15
+    assert len(GAUSSIAN) == len(DISCRETE) == 5 and len(PPD) == 25
 
 
 @pytest.mark.parametrize(("m", "case"), PPD)
@@ -98,7 +100,8 @@ def test_ppo_equals_the_reference_without_distillation(case):
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-@pytest.mark.parametrize(("m", "case"), [(ppd_mujoco, GAUSSIAN[-1]), (ppd_atari, DISCRETE[-1]), (ppd_procgen, DISCRETE[-1])])
+@pytest.mark.parametrize(("m", "case"), [(ppd_mujoco, GAUSSIAN[-1]), (ppd_atari, DISCRETE[-1]), (ppd_procgen, DISCRETE[-1]),
+                                         (ppd_gymnax, GAUSSIAN[-1]), (ppd_gymnax, DISCRETE[-1])])
 def test_lambda_zero_is_ppo_in_loss_and_gradient(m, case, direction):
     d = load(case)
     (a, _), grad_a = jax.value_and_grad(ppd, has_aux=True)(tables(d), m, d, 0.0, direction)
