@@ -131,7 +131,7 @@ class Distillation:
 
 @dataclass(frozen=True)
 class PPO:
-    """Proximal policy optimisation, of teacher and student; the baselines take only the first two and the last two."""
+    """Proximal policy optimisation, of teacher and student; the baselines have no epochs, advantages or ratios."""
 
     learning_rate: float | None = None
     """step size of Adam, constant"""
@@ -1076,7 +1076,7 @@ def corrupt(params: dict, std: float, seed: int) -> dict:
 def choose_device(device: str) -> None:
     """Settles where everything runs, before JAX first computes: on GPUs, or on each core of a CPU apart."""
     with suppress(RuntimeError):  # within a program that has computed already, it is settled
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
 
@@ -1115,24 +1115,27 @@ def distill_coef_at(args: Args, distill_coef: float, fraction: np.ndarray) -> np
 
 
 def fit(
-    args: Args, phase: str, networks: Networks, teacher: Frozen | None, saved: dict | None, folder: Path, log: Log,
-    timing: dict[str, float],
+    args: Args, networks: Networks, teacher: Frozen | None, original: Frozen | None, saved: dict | None, folder: Path,
+    log: Log, timing: dict[str, float],
 ) -> TrainState:
-    """Trains all runs of a phase, "teacher" or "student", from the start or from a checkpoint; returns their states.
+    """Trains the teachers, or with a teacher the students, from the start or a checkpoint; returns their states.
 
-    The runs are all seeds under the first λ, then all under the next. teacher: with a leading axis [S], one for each
-    seed. timing: is brought up to date.
+    The runs are all seeds under the first λ, then all under the next. teacher, original: as it teaches and as it was
+    before noise, with a leading axis [S], one for each seed. timing: is brought up to date.
     """
+    flags = plain_args(args)
+    phase, args = ("teacher", teacher_args(args)) if teacher is None else ("student", args)
     runs = [(distill_coef, i) for distill_coef in args.distill_coef for i in range(args.num_seeds)]
-    made = [runs[i] for i in fill_devices(len(runs))]
-    state = stack([init_state(args, networks, args.seed + i) for _, i in made])
-    teachers = jax.tree.map(lambda x: np.asarray(x)[[i for _, i in made]], teacher)
-    if teachers is not None:
-        state = state._replace(obs_stats=teachers.obs_stats)
-    first = 0
+    first, state = 0, stack([init_state(args, networks, args.seed + i) for _, i in runs])
     if saved and saved["phase"] == phase:
         first, state = saved["part"], serialization.from_state_dict(state, saved["state"])
-    state, teachers = jax.device_put((jax.tree.map(np.array, state), teachers), over_devices(len(made)))
+    elif teacher is not None:
+        state = state._replace(obs_stats=jax.tree.map(lambda x: x[jnp.array([i for _, i in runs])], teacher.obs_stats))
+    filled = fill_devices(len(runs))
+    made = [runs[i] for i in filled]
+    teachers = jax.tree.map(lambda x: np.asarray(x)[[i for _, i in made]], teacher)
+    state = jax.tree.map(lambda x: np.asarray(x)[filled], state)
+    state, teachers = jax.device_put((state, teachers), over_devices(len(made)))
 
     updates = args.updates_per_part
     part_steps = updates * args.batch_size
@@ -1162,9 +1165,9 @@ def fit(
             bar.set_postfix_str(f"return {metrics['charts/episodic_return'].mean():.1f}", refresh=False)
             bar.update(part_steps * len(runs))
             save_tree(folder / "checkpoint.msgpack", "checkpoint", {
-                "script": SCRIPT, "args": plain_args(args), "phase": phase, "part": part, "num_rows": log.num_rows,
-                "state": serialization.to_state_dict(state), "teacher": serialization.to_state_dict(teacher),
-                "timing": timing})
+                "script": SCRIPT, "args": flags, "phase": phase, "part": part, "num_rows": log.num_rows,
+                "state": serialization.to_state_dict(jax.tree.map(lambda x: np.asarray(x)[: len(runs)], state)),
+                "teacher": serialization.to_state_dict(original), "timing": timing})
             if signals:
                 log.close()
                 print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
@@ -1235,7 +1238,7 @@ def main(args: Args) -> dict[str, float]:
         if saved and saved["phase"] == "student":
             teacher = as_frozen(saved["teacher"])
         else:
-            state = fit(teacher_args(args), "teacher", teacher_networks, None, saved, folder, log, timing)
+            state = fit(args, teacher_networks, None, None, saved, folder, log, timing)
             teacher = Frozen(state.params, state.obs_stats)
     players = {"teacher": teacher}
     if args.teacher_noise_std:
@@ -1244,7 +1247,7 @@ def main(args: Args) -> dict[str, float]:
         players["corrupted_teacher"] = teacher._replace(params=teacher.params | {"policy": stack(policies)})
     networks = make_networks(args.env_id, args.network, teacher_networks)
     taught = players.get("corrupted_teacher", teacher)
-    state = fit(args, "student", networks, taught, saved, folder, log, timing)
+    state = fit(args, networks, taught, teacher, saved, folder, log, timing)
     log.close()
     return finish(args, networks, players, state, folder, timing)
 
