@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # over which ppd_gymnax.py sp
 sys.path.insert(0, str(ROOT))
 
 import envpool  # noqa: E402
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 import ppd_atari  # noqa: E402
@@ -75,3 +76,12 @@ def teachers(tmp_path_factory):
 def tiny_teacher(teachers):
     """A Hopper teacher with two layers of 8."""
     return teachers("Hopper-v4")
+
+
+@pytest.fixture(autouse=True)
+def free_programs():
+    """Drops compiled programs once they hold many of the memory mappings that a process may have (65,530 on Linux)."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
