@@ -214,12 +214,11 @@ class Args(Output, PPO, Distillation, Teacher, Task):
         return -(-self.num_updates // self.updates_per_part)
 
 
-# Defaults of MinAtar, of other tasks, and of some of them; found by trying a few values, not the paper's
+# Defaults of MinAtar and of other tasks; found by trying a few values, not the paper's
 MINATAR = {"learning_rate": 2.5e-3, "num_envs": 64, "num_steps": 32, "teacher_num_steps": 128,
            "teacher_timesteps": 500_000}
 STATES = {"learning_rate": 1e-3, "num_envs": 16, "num_steps": 64, "teacher_num_steps": 128,
           "teacher_timesteps": 500_000}
-TASKS: dict[str, dict] = {}
 
 # Flags that must lie in a range, both ends included
 RANGES = {
@@ -246,15 +245,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
-def defaults(env_id: str) -> dict:
-    """What flags are where the command line does not say."""
-    return (MINATAR if is_grid(env_id) else STATES) | TASKS.get(env_id, {})
-
-
 def resolve(args: Args) -> Args:
     """Fills in the task's defaults; ends the program for flags that cannot work, before anything is written."""
     check_task(args.env_id)
-    known = defaults(args.env_id) | ({} if args.method == "ppd" else {"num_steps": 5})
+    known = (MINATAR if is_grid(args.env_id) else STATES) | ({} if args.method == "ppd" else {"num_steps": 5})
     args = dataclasses.replace(args, **{name: value for name, value in known.items() if getattr(args, name) is None})
     if args.total_timesteps is None:
         args = dataclasses.replace(args, total_timesteps=max(1, args.teacher_timesteps // 5))
@@ -290,7 +284,7 @@ def resolve(args: Args) -> Args:
 
 
 def check_task(env_id: str) -> None:
-    """Ends the program for a task that gymnax does not have, or whose observations are neither states nor a grid."""
+    """Ends the program for a task that gymnax does not have, naming those like it."""
     known = [name for name in gymnax.registered_envs if name != "MNISTBandit-bsuite"]  # that one downloads its images
     if env_id not in known:
         near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3) or known
@@ -838,18 +832,22 @@ def as_frozen(tree: dict) -> Frozen:
     return jax.tree.map(jnp.asarray, Frozen(params, None if stats is None else Stats(**stats)))
 
 
+def describe_run(args: Args, network: Network) -> dict:
+    """What every file of results or of a model says about where it comes from."""
+    return {"env_id": args.env_id, "script": SCRIPT, "network": plain(network), "args": plain_args(args),
+            "command": command_line(args), "versions": versions()}
+
+
 def save_models(
-    args: Args, network: Network, role: str, name: str, players: Frozen, evaluation: dict, folder: Path
+    args: Args, policy: Policy, role: str, name: str, players: Frozen, evaluation: dict, folder: Path
 ) -> None:
     """Writes a model file for each seed, {name}_{seed}.msgpack; players: with a leading axis [S]."""
     for i in range(args.num_seeds):
         player = jax.tree.map(lambda x, i=i: x[i], players)
         returns = evaluation["returns"][i]
         found = {"mean": evaluation["means"][i], "std": float(np.std(returns)), "returns": returns}
-        save_tree(folder / f"{name}_{args.seed + i}.msgpack", "model", {
-            "env_id": args.env_id, "library": "gymnax", "script": SCRIPT, "role": role, "network": plain(network),
-            "args": plain_args(args), "command": command_line(args), "versions": versions(),
-            "action_dim": make_networks(args.env_id, network).policy.action_dim,
+        save_tree(folder / f"{name}_{args.seed + i}.msgpack", "model", describe_run(args, policy.network) | {
+            "library": "gymnax", "role": role, "action_dim": policy.action_dim,
             "observation_shape": [observation_dim(args.env_id)], "params": player.params,
             "obs_stats": None if player.obs_stats is None else player.obs_stats._asdict(), "evaluation": found})
 
@@ -1016,10 +1014,11 @@ def assess(args: Args, policy: Policy, players: Frozen) -> dict[str, Any]:
     returns = evaluate(args, policy, jax.tree.map(lambda x: x[indices], players), keys)
     returns = np.asarray(returns)[:args.num_seeds]
     means = returns.mean(1)
-    quantile = scipy.stats.t.ppf(0.975, args.num_seeds - 1) if args.num_seeds > 1 else float("nan")
-    interval = quantile * means.std(ddof=1) / np.sqrt(args.num_seeds) if args.num_seeds > 1 else None
-    return {"mean": float(means.mean()), "interval": None if interval is None else float(interval),
-            "means": means.tolist(), "returns": returns.tolist()}
+    interval = None  # one seed has none
+    if args.num_seeds > 1:
+        quantile = scipy.stats.t.ppf(0.975, args.num_seeds - 1)
+        interval = float(quantile * means.std(ddof=1) / np.sqrt(args.num_seeds))
+    return {"mean": float(means.mean()), "interval": interval, "means": means.tolist(), "returns": returns.tolist()}
 
 
 def plot(folder: Path, args: Args, results: dict[str, Any]) -> None:
@@ -1126,11 +1125,12 @@ def fit(
     flags = plain_args(args)
     phase, args = ("teacher", teacher_args(args)) if teacher is None else ("student", args)
     runs = [(distill_coef, i) for distill_coef in args.distill_coef for i in range(args.num_seeds)]
-    first, state = 0, stack([init_state(args, networks, args.seed + i) for _, i in runs])
+    state = stack([init_state(args, networks, args.seed + i) for i in range(args.num_seeds)])
+    if teacher is not None:
+        state = state._replace(obs_stats=teacher.obs_stats)
+    first, state = 0, jax.tree.map(lambda x: np.asarray(x)[[i for _, i in runs]], state)
     if saved and saved["phase"] == phase:
         first, state = saved["part"], serialization.from_state_dict(state, saved["state"])
-    elif teacher is not None:
-        state = state._replace(obs_stats=jax.tree.map(lambda x: x[jnp.array([i for _, i in runs])], teacher.obs_stats))
     filled = fill_devices(len(runs))
     made = [runs[i] for i in filled]
     teachers = jax.tree.map(lambda x: np.asarray(x)[[i for _, i in made]], teacher)
@@ -1201,14 +1201,10 @@ def finish(
         if min(results["teacher"]["means"]) > 0:  # a ratio to what is negative would say nothing
             ratios = np.divide(results[name]["means"], results["teacher"]["means"])
             results[name]["ratio"] = float(np.exp(np.log(np.maximum(ratios, 1e-12)).mean()))
-        save_models(args, networks.policy.network, "student", name, players, results[name], folder)
+        save_models(args, networks.policy, "student", name, players, results[name], folder)
     if args.teacher is None:
-        save_models(
-            args, networks.teacher.network, "teacher", "teacher", teachers["teacher"], results["teacher"], folder)
-
-    about = {"env_id": args.env_id, "script": SCRIPT, "network": plain(networks.policy.network),
-             "args": plain_args(args), "command": command_line(args), "versions": versions()}
-    write_json(folder / "results.json", about | timing | {"results": results})
+        save_models(args, networks.teacher, "teacher", "teacher", teachers["teacher"], results["teacher"], folder)
+    write_json(folder / "results.json", describe_run(args, networks.policy.network) | timing | {"results": results})
     plot(folder, args, results)
     print(f"return: mean and 95% interval over {args.num_seeds} seeds, {args.eval_episodes} episodes each")
     for name, found in results.items():
