@@ -98,7 +98,8 @@ class Teacher:
     """Where the teacher comes from, and what is done to it."""
 
     teacher: str | None = None
-    """file of a teacher for all seeds; by default each seed trains its own"""
+    """file of a teacher for all seeds, or a run's folder, whose teacher_{seed}.msgpack teaches that seed; by default
+    each seed trains its own"""
     teacher_timesteps: int | None = None
     """environment steps of each teacher, where it is trained here"""
     teacher_num_steps: int | None = None
@@ -115,8 +116,9 @@ class Teacher:
 class Distillation:
     """The student, and how strongly the teacher pulls it."""
 
-    method: Literal["ppd", "student-distill", "teacher-distill"] = "ppd"
-    """Algorithm 1, 2 (the student acts, and regresses to its teacher) or 3 (the teacher acts, the student regresses)"""
+    method: Literal["ppd", "student-distill", "teacher-distill", "ppo"] = "ppd"
+    """Algorithm 1, 2 (the student acts, and regresses to its teacher) or 3 (the teacher acts, the student regresses);
+    ppo trains teachers and no student"""
     student_size: Literal["smaller", "same", "larger"] = "larger"
     """parameters of the student, about 0.25, 1 or 4 times its teacher's"""
     student_hidden: tuple[int, ...] | None = None
@@ -258,6 +260,8 @@ def resolve(args: Args) -> Args:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     if not args.distill_coef or not all(0 <= value <= 1e6 for value in args.distill_coef):
         fail(f"--distill-coef takes numbers between 0 and 1e6, not {args.distill_coef}")
+    if args.method == "ppo" and args.teacher:
+        fail("--method ppo trains teachers; with --teacher there is nothing left to do")
     if args.method != "ppd" and (args.distill_coef != (1.0,) or args.distill_coef_final is not None):
         fail(f"--distill-coef weighs PPD's term; {args.method} has none")
     if args.cnn and not is_grid(args.env_id):
@@ -852,11 +856,22 @@ def save_models(
             "obs_stats": None if player.obs_stats is None else player.obs_stats._asdict(), "evaluation": found})
 
 
-def load_teacher(args: Args) -> tuple[Networks, Frozen] | None:
-    """The networks and parameters of --teacher, or None where each seed trains its own."""
+def load_teachers(args: Args) -> tuple[Networks, Frozen] | None:
+    """The networks of --teacher and, with a leading axis [S], its parameters; None where each seed trains its own."""
     if args.teacher is None:
         return None
-    model = load_tree(args.teacher, "model")
+    paths = [args.teacher] * args.num_seeds
+    if os.path.isdir(args.teacher):
+        paths = [os.path.join(args.teacher, f"teacher_{args.seed + i}.msgpack") for i in range(args.num_seeds)]
+    found = {path: load_teacher(args, path) for path in paths}  # one file is read once
+    if len({networks for networks, _ in found.values()}) > 1:
+        fail(f"the teachers in {args.teacher} are not of one size")
+    return found[paths[0]][0], stack([found[path][1] for path in paths])
+
+
+def load_teacher(args: Args, path: str) -> tuple[Networks, Frozen]:
+    """The networks and parameters of a teacher's file."""
+    model = load_tree(path, "model")
     try:
         kind, channels, hidden = (model["network"][name] for name in Network._fields)
         network = Network(kind, tuple(map(int, channels)), tuple(map(int, hidden)))
@@ -871,7 +886,7 @@ def load_teacher(args: Args) -> tuple[Networks, Frozen] | None:
         if (frozen.obs_stats is None) != is_grid(args.env_id):
             raise ValueError("its observation statistics are not those of its task")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        fail(f"{args.teacher} is no teacher of {args.env_id}: {type(error).__name__} {error}")
+        fail(f"{path} is no teacher of {args.env_id}: {type(error).__name__} {error}")
     return networks, frozen
 
 
@@ -1044,8 +1059,9 @@ def plot(folder: Path, args: Args, results: dict[str, Any]) -> None:
         if name in results:
             label = f"{name.replace('_', ' ')}, evaluated"
             axes.axhline(results[name]["mean"], linestyle=style, color="black", label=label)
+    student = "" if args.method == "ppo" else f" into {'-'.join(map(str, args.network.hidden))}"
     axes.set(xlabel="environment steps of each seed", ylabel="episodic return",
-             title=f"{args.env_id}: {args.method}, {args.student_size} student, {args.num_seeds} seeds")
+             title=f"{args.env_id}: {args.method}{student}, {args.num_seeds} seeds")
     axes.legend()
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
@@ -1073,9 +1089,10 @@ def corrupt(params: dict, std: float, seed: int) -> dict:
 
 
 def choose_device(device: str) -> None:
-    """Settles where everything runs, before JAX first computes: on GPUs, or on each core of a CPU apart."""
+    """Settles where everything runs, before JAX first computes: on GPUs, or on each of its CPU cores apart."""
     with suppress(RuntimeError):  # within a program that has computed already, it is settled
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+        jax.config.update("jax_num_cpu_devices", len(cores))
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
 
@@ -1183,17 +1200,16 @@ def teacher_args(args: Args) -> Args:
 
 
 def finish(
-    args: Args, networks: Networks, teachers: dict[str, Frozen], state: TrainState, folder: Path,
+    args: Args, networks: Networks, teachers: dict[str, Frozen], students: Frozen | None, folder: Path,
     timing: dict[str, float],
 ) -> dict[str, float]:
     """Evaluates teachers and students on the same games, writes all files, prints the outcome.
 
-    teachers: "teacher" and, where there is noise, "corrupted_teacher", with a leading axis [S], as trained or read.
-    Returns the means over seeds, the ratios and the timing.
+    teachers: "teacher" and, where there is noise, "corrupted_teacher", with a leading axis [S], as trained or read;
+    students: with a leading axis [R]. Returns the means over seeds, the ratios and the timing.
     """
     results = {name: assess(args, networks.teacher, player) for name, player in teachers.items()}
-    students = Frozen(state.params, state.obs_stats)
-    for i, distill_coef in enumerate(args.distill_coef):
+    for i, distill_coef in enumerate(args.distill_coef if students else ()):
         chosen = slice(i * args.num_seeds, (i + 1) * args.num_seeds)
         name = "student" if len(args.distill_coef) == 1 else f"student_{distill_coef:g}"
         players = jax.tree.map(lambda x, chosen=chosen: x[chosen], students)
@@ -1204,14 +1220,15 @@ def finish(
         save_models(args, networks.policy, "student", name, players, results[name], folder)
     if args.teacher is None:
         save_models(args, networks.teacher, "teacher", "teacher", teachers["teacher"], results["teacher"], folder)
-    write_json(folder / "results.json", describe_run(args, networks.policy.network) | timing | {"results": results})
+    made, speed = (networks.policy, "student_SPS") if students else (networks.teacher, "teacher_SPS")
+    write_json(folder / "results.json", describe_run(args, made.network) | timing | {"results": results})
     plot(folder, args, results)
     print(f"return: mean and 95% interval over {args.num_seeds} seeds, {args.eval_episodes} episodes each")
     for name, found in results.items():
         interval = "" if found["interval"] is None else f" ± {found['interval']:.1f}"
         ratio = f", {found['ratio']:.3f} of the teacher's" if "ratio" in found else ""
         print(f"{name.replace('_', ' '):<18} {found['mean']:>9.1f}{interval}{ratio}")
-    print(f"{'steps per second':<18} {timing['student_SPS']:>9.0f} (students, all seeds together)")
+    print(f"{'steps per second':<18} {timing[speed]:>9.0f} ({speed[:7]}s, all seeds together)")
     print(f"{'files':<18} {folder}")
     return {name: found["mean"] for name, found in results.items()} | timing | {
         f"{name}_ratio": found["ratio"] for name, found in results.items() if "ratio" in found}
@@ -1222,13 +1239,13 @@ def main(args: Args) -> dict[str, float]:
     choose_device(args.device)
     args, saved = restore(args)
     args = resolve(args)
-    given = load_teacher(args)
+    given = load_teachers(args)
     folder = make_folder(args)
     log = Log(folder, args, saved["num_rows"] if saved else 0)
     timing = saved["timing"] if saved else {"seconds": 0.0}
 
     if given is not None:
-        teacher_networks, teacher = given[0], stack([given[1]] * args.num_seeds)
+        teacher_networks, teacher = given
     else:
         teacher_networks = make_networks(args.env_id, teacher_args(args).network)
         if saved and saved["phase"] == "student":
@@ -1241,11 +1258,13 @@ def main(args: Args) -> dict[str, float]:
         policies = [corrupt(jax.tree.map(lambda x, i=i: x[i], teacher.params["policy"]), args.teacher_noise_std,
                             args.teacher_noise_seed + i) for i in range(args.num_seeds)]
         players["corrupted_teacher"] = teacher._replace(params=teacher.params | {"policy": stack(policies)})
-    networks = make_networks(args.env_id, args.network, teacher_networks)
-    taught = players.get("corrupted_teacher", teacher)
-    state = fit(args, networks, taught, teacher, saved, folder, log, timing)
+    networks, students = make_networks(args.env_id, args.network, teacher_networks), None
+    if args.method != "ppo":
+        taught = players.get("corrupted_teacher", teacher)
+        state = fit(args, networks, taught, teacher, saved, folder, log, timing)
+        students = Frozen(state.params, state.obs_stats)
     log.close()
-    return finish(args, networks, players, state, folder, timing)
+    return finish(args, networks, players, students, folder, timing)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,387 @@
+"""The paper's experiments as a grid of runs, and the same in miniature on gymnax: chosen by filters, run, collected.
+
+    python benchmark/grid.py --suite mujoco --seed 100 --dry-run          # which commands would run
+    python benchmark/grid.py --suite gymnax                               # the study of ppd_gymnax.py
+    python benchmark/report.py --results runs/grid/results                # its tables and figures
+
+A run that is done is not repeated, one that was cut off is resumed, one that fails is reported and the rest goes on.
+Students learn from the teachers of teachers/; where one is missing, the grid trains it first. Source: Spigler,
+"Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134): Table 1 (methods), Table 2 (imperfect), Figure 2 (lambda).
+"""
+
+import csv
+import ctypes
+import dataclasses
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import submitit
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The paper's tasks; of gymnax, MinAtar's
+TASKS = {
+    "atari": ("Atlantis-v5", "BeamRider-v5", "CrazyClimber-v5", "DemonAttack-v5", "Enduro-v5", "Freeway-v5",
+              "MsPacman-v5", "Pong-v5", "Qbert-v5", "Seaquest-v5", "Zaxxon-v5"),
+    "mujoco": ("Hopper-v4", "HalfCheetah-v4", "Ant-v4", "Humanoid-v4"),
+    "procgen": ("CoinrunEasy-v0", "JumperEasy-v0", "MinerEasy-v0", "NinjaEasy-v0"),
+    "gymnax": ("Asterix-MinAtar", "Breakout-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"),
+}
+CORRUPTED = {
+    "atari": ("BeamRider-v5", "CrazyClimber-v5", "MsPacman-v5", "Qbert-v5"), "mujoco": (),
+    "procgen": TASKS["procgen"], "gymnax": TASKS["gymnax"],
+}
+METHODS = ("ppd", "student-distill", "teacher-distill")
+SIZES = ("smaller", "same", "larger")
+NOISE_STD = 0.05  # of imperfect teachers
+DISTILL_COEFS = (0.5, 1.0, 2.0, 5.0)
+SEEDS = (100, 200, 300, 400, 500)
+
+# One run of gymnax learns all of its seeds, and all λ, side by side; λ = 0 is PPO: what a student learns by itself
+GYMNAX = ("--num-seeds", "5", "--teacher-timesteps", "1000000", "--total-timesteps", "200000")
+GYMNAX_COEFS = (0.0, *DISTILL_COEFS)
+
+EXPERIMENTS = ("teachers", "methods", "imperfect", "lambda")
+
+
+class Run(NamedTuple):
+    """One run of a script."""
+
+    experiment: str
+    suite: str
+    task: str
+    method: str
+    size: str
+    seed: int
+    distill_coef: float | None = None  # None: the script's default; of gymnax's λ study, all of them
+
+    @property
+    def name(self) -> str:
+        """Its folder: what it is, apart from all others."""
+        coef = "" if self.distill_coef is None else f"__{self.distill_coef:g}"
+        return f"{self.experiment}__{self.task}__{self.method}__{self.size}__{self.seed}{coef}"
+
+    @property
+    def script(self) -> str:
+        """The script that does it."""
+        if self.suite == "gymnax":
+            return "ppd_gymnax.py"
+        scripts = {"ppo": "train_teacher.py", "ppd": f"ppd_{self.suite}.py"}
+        return scripts.get(self.method, f"{self.method.replace('-', '_')}.py")
+
+    @property
+    def teacher(self) -> "Run | None":
+        """The run that makes its teacher."""
+        if self.experiment == "teachers":
+            return None
+        return Run("teachers", self.suite, self.task, "ppo", "same", self.seed)
+
+
+def experiments(suite: str) -> Iterator[Run]:
+    """All runs of a suite, teachers first."""
+    seeds = SEEDS[:1] if suite == "gymnax" else SEEDS
+    for seed in seeds:
+        yield from (Run("teachers", suite, task, "ppo", "same", seed) for task in TASKS[suite])
+        for size in reversed(SIZES):
+            yield from (Run("methods", suite, task, method, size, seed) for task in TASKS[suite] for method in METHODS)
+        for task in CORRUPTED[suite]:
+            yield from (Run("imperfect", suite, task, method, "larger", seed) for method in METHODS)
+            if suite == "gymnax":
+                yield Run("lambda", suite, task, "ppd", "larger", seed)
+            elif suite == "atari":
+                yield from (Run("lambda", suite, task, "ppd", "larger", seed, value) for value in DISTILL_COEFS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """All flags of this program; a filter that is not given lets everything pass."""
+
+    experiment: tuple[Literal["teachers", "methods", "imperfect", "lambda"], ...] = ()
+    """filter: teachers; every method and size; corrupted teachers; several λ"""
+    suite: tuple[Literal["atari", "mujoco", "procgen", "gymnax"], ...] = ()
+    """filter"""
+    task: tuple[str, ...] = ()
+    """filter, by envpool's or gymnax's name"""
+    method: tuple[Literal["ppo", "ppd", "student-distill", "teacher-distill"], ...] = ()
+    """filter; ppo trains teachers"""
+    size: tuple[Literal["smaller", "same", "larger"], ...] = ()
+    """filter: the student's size"""
+    seed: tuple[int, ...] = ()
+    """filter: 100, 200, 300, 400 or 500; gymnax's run of seed 100 is of five seeds"""
+    dry_run: bool = False
+    """print the command lines and stop"""
+    folder: Path = Path("runs/grid")
+    """where the runs go"""
+    results: Path | None = None
+    """where their rows go: {suite}.csv and curves/{run}.csv; by default the folder results within --folder"""
+    processes: int | None = None
+    """runs at a time, each on cores of its own; by default one for each core"""
+    extra: str = ""
+    """more flags for every run, in quotes: --extra="--total-timesteps 50000" """
+
+
+# ======================================================================================================================
+# Command lines
+# ======================================================================================================================
+
+
+def teacher_path(run: Run, args: Args) -> str:
+    """Where a student's teacher is or will be: shipped, or made by the grid; of gymnax, a folder with one a seed."""
+    shipped, made = f"teachers/{run.task}__{run.seed}.msgpack", args.folder / run.teacher.name
+    if run.suite == "gymnax":
+        return str(made)
+    return shipped if (ROOT / shipped).exists() else str(made / "teacher.msgpack")
+
+
+def command(run: Run, args: Args) -> list[str]:
+    """The command line of a run, from the start, for the repository's folder."""
+    words = ["python", run.script, "--env-id", run.task, "--seed", str(run.seed)]
+    if run.suite == "gymnax":
+        words += [*GYMNAX, "--method", run.method]
+    if run.experiment != "teachers":
+        words += ["--teacher", teacher_path(run, args), "--student-size", run.size]
+        if run.suite == "gymnax" or run.experiment == "imperfect":
+            words += ["--teacher-noise-std", str(NOISE_STD if run.experiment == "imperfect" else 0.0)]
+            if run.experiment == "imperfect":
+                words += ["--teacher-noise-seed", str(run.seed)]
+    if run.experiment == "lambda":
+        values = GYMNAX_COEFS if run.distill_coef is None else (run.distill_coef,)
+        words += ["--distill-coef", *(f"{value:g}" for value in values)]
+    return words + shlex.split(args.extra) + ["--run-dir", str(args.folder / run.name)]
+
+
+def chosen(args: Args) -> list[Run]:
+    """The runs that pass the filters, and those that make their missing teachers, before them."""
+    runs = []
+    for suite in args.suite or TASKS:
+        for run in experiments(suite):
+            filters = ((args.experiment, run.experiment), (args.task, run.task), (args.method, run.method),
+                       (args.size, run.size), (args.seed, run.seed))
+            if all(not wanted or value in wanted for wanted, value in filters):
+                runs.append(run)
+    teachers = [run.teacher for run in runs if run.teacher and not teacher_path(run, args).startswith("teachers/")]
+    return list(dict.fromkeys(teachers + runs))
+
+
+# ======================================================================================================================
+# Running
+# ======================================================================================================================
+
+
+GPUS = ("CUDA_VISIBLE_DEVICES",)
+
+
+def is_done(run: Run, args: Args) -> bool:
+    """Whether a run has ended with its results."""
+    return (ROOT / args.folder / run.name / "results.json").exists()
+
+
+def execute(run: Run, args: Args, cores: list[int], grid: int, gpus: dict[str, str]) -> None:
+    """Runs one script to its end, from its checkpoint where there is one; called within submitit's process.
+
+    cores: that it may use. grid: the grid's process: where that has ended, the run saves and ends too. gpus: the
+    variable that says which are visible, if it was set.
+    """
+    os.sched_setaffinity(0, cores)
+    env = {name: value for name, value in os.environ.items() if name not in GPUS}  # submitit hides all
+    folder = ROOT / args.folder / run.name
+    words = command(run, args)
+    if any(folder.glob("checkpoint*.msgpack")):
+        words = [*words[:2], "--resume", str(args.folder / run.name)]
+    else:  # it ended before its first checkpoint, or has not begun
+        shutil.rmtree(folder, ignore_errors=True)
+    end_with_parent = 1  # PR_SET_PDEATHSIG: Linux sends a signal to the script when this process ends
+
+    with open(ROOT / args.folder / f"{run.name}.log", "a") as log:
+        print("$", shlex.join(words), file=log, flush=True)
+        script = subprocess.Popen(
+            [sys.executable, *words[1:]], cwd=ROOT, env=env | gpus, stdout=log, stderr=log,
+            preexec_fn=lambda: ctypes.CDLL(None).prctl(end_with_parent, signal.SIGTERM))
+        while script.poll() is None:
+            time.sleep(0.2)
+            if not Path(f"/proc/{grid}").exists():
+                script.terminate()
+    if script.returncode:
+        lines = (ROOT / args.folder / f"{run.name}.log").read_text().strip().splitlines()
+        raise RuntimeError(f"exit code {script.returncode}: {lines[-1] if lines else ''}")
+
+
+def progress(run: Run, args: Args) -> float:
+    """How much of a run is done, from 0 to 1."""
+    try:
+        with open(ROOT / args.folder / run.name / "args.json") as file:
+            flags = json.load(file)
+        with open(ROOT / args.folder / run.name / "progress.csv", "rb") as file:
+            header = next(csv.reader([file.readline().decode()]))
+            file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - 2000))
+            row = next(csv.reader([file.read().decode().splitlines()[-1]]))
+        steps = flags["teacher_timesteps" if run.method == "ppo" and run.suite == "gymnax" else "total_timesteps"]
+        return min(1.0, int(row[header.index("global_step")]) / steps)
+    except (OSError, ValueError, IndexError, KeyError, StopIteration):  # it has not begun to write
+        return 0.0
+
+
+def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
+    """Executes runs side by side, each on its own cores, a student after its teacher; returns the failures' reasons."""
+    available = sorted(os.sched_getaffinity(0))
+    processes = min(args.processes or len(available), len(available))
+    free = [available[i::processes] for i in range(processes)]
+    executor = submitit.AutoExecutor(ROOT / args.folder / "jobs", cluster="local")
+    executor.update_parameters(timeout_min=10**6)
+    gpus = {name: os.environ[name] for name in GPUS if name in os.environ}
+    waiting, running, failed = [run for run in runs if not is_done(run, args)], {}, {}
+    bar = tqdm(total=len(runs), unit=" runs", initial=len(runs) - len(waiting),
+               bar_format="{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}{postfix}]",
+               mininterval=0.5 if sys.stderr.isatty() else 60.0)
+    with bar:
+        while waiting or running:
+            for run, (job, cores) in list(running.items()):
+                if job.done():
+                    del running[run]
+                    free.append(cores)
+                    if is_done(run, args):
+                        record(run, args)
+                    else:
+                        failed[run] = str(job.exception()).strip().splitlines()[-1]
+                        bar.write(f"failed: {run.name}: {failed[run]}")
+            for run in list(waiting):
+                if run.teacher in failed:
+                    waiting.remove(run)
+                    failed[run] = f"its teacher failed: {run.teacher.name}"
+                elif free and (run.teacher is None or (ROOT / teacher_path(run, args)).exists()) and (
+                        run.teacher not in running):
+                    waiting.remove(run)
+                    cores = free.pop(0)
+                    running[run] = executor.submit(execute, run, args, cores, os.getpid(), gpus), cores
+            bar.n = len(runs) - len(waiting) - len(failed) - sum(1 - progress(run, args) for run in running)
+            bar.set_postfix_str(", ".join(run.name for run in running), refresh=False)
+            bar.refresh() if sys.stderr.isatty() else bar.update(0)
+            time.sleep(0.5)
+    return failed
+
+
+# ======================================================================================================================
+# Results
+# ======================================================================================================================
+
+PLAYERS = ("teacher", "corrupted_teacher", "student")
+KINDS = ("mean", "std", "train_mean", "train_std", "human_normalised")
+COLUMNS = ["experiment", "suite", "task", "method", "size", "seed", "distill_coef", "teacher_noise_std", "steps",
+           "episodes", *(f"{player}_{kind}" for player in PLAYERS for kind in KINDS),
+           "steps_per_second", "seconds", "versions", "command"]
+KEY = COLUMNS[:7]
+CURVE_COLUMNS = ("phase", "seed", "distill_coef", "global_step", "charts/episodic_return", "losses/teacher_kl")
+CURVE_POINTS = 50
+
+
+def figures(player: str, found: dict[str, Any]) -> dict[str, float]:
+    """The cells of one evaluation; of Procgen also on the levels of training, of Atari also human-normalised."""
+    cells = {f"{player}_{kind}": found[kind] for kind in KINDS if kind in found}
+    if "train_levels" in found:
+        cells |= {f"{player}_train_{kind}": found["train_levels"][kind] for kind in ("mean", "std")}
+    return cells
+
+
+def rows(run: Run, args: Args) -> list[dict[str, Any]]:
+    """The rows of a finished run: one, or of gymnax one for each seed and λ."""
+    results = json.loads((ROOT / args.folder / run.name / "results.json").read_text())
+    flags = results["args"]
+    about = {"experiment": run.experiment, "suite": run.suite, "task": run.task, "method": run.method, "size": run.size,
+             "seed": run.seed, "teacher_noise_std": flags.get("teacher_noise_std", 0.0),
+             "steps": flags["total_timesteps"], "episodes": flags["eval_episodes"],
+             "seconds": round(results["seconds"], 1), "command": results["command"],
+             "versions": " ".join(f"{name} {version}" for name, version in results["versions"].items())}
+    if run.suite != "gymnax":
+        cells = {name: cell for player in PLAYERS if player in results for name, cell in
+                 figures(player, results[player]).items()}
+        coef = flags.get("distill_coef", "")
+        return [about | cells | {"distill_coef": coef, "steps_per_second": round(results["SPS"])}]
+    if run.method == "ppo":
+        about |= {"steps": flags["teacher_timesteps"], "teacher_noise_std": 0.0}
+    about["steps_per_second"] = round(results["teacher_SPS" if run.method == "ppo" else "student_SPS"])
+
+    table = []
+    coefs = [""] if run.method != "ppd" else flags["distill_coef"]
+    for coef in coefs:
+        for i in range(flags["num_seeds"]):
+            row = about | {"seed": flags["seed"] + i, "distill_coef": coef}
+            for player in PLAYERS:
+                name = player if player != "student" or len(coefs) == 1 else f"student_{coef:g}"
+                if name in results["results"] and not (run.method == "ppo" and player == "corrupted_teacher"):
+                    returns = results["results"][name]["returns"][i]
+                    row |= figures(player, {"mean": float(np.mean(returns)), "std": float(np.std(returns))})
+            table.append(row)
+    return table
+
+
+def record(run: Run, args: Args) -> None:
+    """Writes a finished run's rows into its suite's table, in place of older ones of it, and its thinned curve."""
+    folder = args.results or ROOT / args.folder / "results"
+    (folder / "curves").mkdir(parents=True, exist_ok=True)
+    path = folder / f"{run.suite}.csv"
+    table = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            table = {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)}
+    found = [{name: str(row.get(name, "")) for name in COLUMNS} for row in rows(run, args)]
+    table |= {tuple(row[name] for name in KEY): row for row in found}
+    write_csv(path, COLUMNS, [table[key] for key in sorted(table)])
+
+    with open(ROOT / args.folder / run.name / "progress.csv", newline="") as file:
+        curve = list(csv.DictReader(file))
+    steps = sorted({int(row["global_step"]) for row in curve})
+    kept = {steps[i] for i in np.linspace(0, len(steps) - 1, CURVE_POINTS).astype(int)}
+    names = [name for name in CURVE_COLUMNS if name in curve[0]]
+    thinned = [{name: row[name] for name in names} for row in curve if int(row["global_step"]) in kept]
+    write_csv(folder / "curves" / f"{run.name}.csv", names, thinned)
+
+
+def write_csv(path: Path, columns: list[str], table: list[dict[str, Any]]) -> None:
+    """Writes a table whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text.getvalue())
+    os.replace(temporary, path)
+
+
+def main(args: Args) -> int:
+    """Runs the chosen part of the grid; returns how many runs failed."""
+    runs = chosen(args)
+    if not runs:
+        print("error: no run passes these filters", file=sys.stderr)
+        raise SystemExit(2)
+    if args.dry_run:
+        for run in runs:
+            print(shlex.join(command(run, args)), *["  # done"] * is_done(run, args))
+        return 0
+    (ROOT / args.folder).mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    failed = run_all(runs, args)
+    for run in runs:
+        if run not in failed:
+            record(run, args)
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs are done, after {(time.time() - began) / 60:.0f} min; "
+          f"results: {args.results or args.folder / 'results'}")
+    for run, reason in failed.items():
+        print(f"failed: {run.name}: {reason}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(1 if main(tyro.cli(Args, description=__doc__)) else 0)

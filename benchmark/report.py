@@ -1,0 +1,309 @@
+"""Every table and figure of the paper from the raw results of the grid, ours beside the paper's, as markdown and PNG.
+
+    python benchmark/report.py                                   # from benchmark/results, into it and the README
+    python benchmark/report.py --results runs/grid/results       # from a grid of your own, into its folder
+
+Scores are fractions of the teacher's return, task by task and seed by seed. Over tasks and seeds they are aggregated by
+the geometric mean, as in the paper, and by the interquartile mean (Agarwal et al. 2021); intervals are 95% by bootstrap
+over seeds, stratified by task, and need more than one seed. A cell without runs stays empty.
+Source of the paper's numbers: paper_tables.csv, from Spigler, "Proximal Policy Distillation", TMLR 2025 (2407.15134).
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import tyro
+from rliable import library, metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (it asks for a screen unless told otherwise first)
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {"teacher-distill": "td", "student-distill": "sd", "ppd": "ppd"}  # as the paper's tables order and call them
+SIZES = ("smaller", "same", "larger")
+SUITES = {"atari": "Atari", "procgen": "Procgen", "mujoco": "MuJoCo", "gymnax": "MinAtar (gymnax)"}
+CURVE_FIGURES = {"atari": 6, "mujoco": 7, "procgen": 8}
+FLOOR = 0.01  # of a fraction within the geometric mean, which a single 0 would make 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """All flags of this program."""
+
+    results: Path = ROOT / "benchmark/results"
+    """folder with {suite}.csv and curves/, as benchmark/grid.py leaves it; report.md and the figures go there"""
+    readme: bool = True
+    """bring the README's tables up to date, if the results are the repository's own"""
+
+
+def load(folder: Path) -> pd.DataFrame:
+    """All rows of all suites."""
+    tables = [pd.read_csv(folder / f"{suite}.csv") for suite in SUITES if (folder / f"{suite}.csv").exists()]
+    if not tables:
+        raise SystemExit(f"error: {folder} has no table of the grid: none of {', '.join(f'{x}.csv' for x in SUITES)}")
+    return pd.concat(tables, ignore_index=True)
+
+
+def paper_value(table: int, suite: str, size: str, method: str, env: str = "all") -> str:
+    """A cell of the paper's tables, or nothing."""
+    known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
+    found = known[(known.table == table) & (known.suite == suite) & (known["size"] == size) & (known.method == method)
+                  & (known.env == env) & (known.split == ("train" if table == 8 else "test"))]
+    return "" if found.empty else f"{found.value.iloc[0]:g}"
+
+
+# ======================================================================================================================
+# Aggregates
+# ======================================================================================================================
+
+
+def geometric_mean(scores: np.ndarray) -> float:
+    """Of all scores, none counting for less than 0.01."""
+    return float(np.exp(np.log(np.maximum(scores, FLOOR)).mean()))
+
+
+def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> np.ndarray:
+    """A player's return over its teacher's, [seeds, tasks]: the seeds that all of these tasks have.
+
+    Of Atari it is human-normalised scores that are compared, as in the paper, whose Table 1 follows from Table 5 so.
+    """
+    kind = "human_normalised" if set(rows.suite) == {"atari"} else f"{split}mean"
+    rows = rows.assign(fraction=rows[f"{player}_{kind}"] / rows[f"teacher_{kind}"])
+    return rows.pivot_table(index="seed", columns="task", values="fraction").dropna().to_numpy()
+
+
+def aggregate(rows: pd.DataFrame, player: str = "student", split: str = "") -> dict[str, str]:
+    """Geometric mean, interquartile mean and number of runs, as cells; intervals where there is more than one seed."""
+    scores = fractions(rows, player, split)
+    if not scores.size:
+        return {"geometric": "", "iqm": "", "runs": ""}
+    both = np.array([geometric_mean(scores), metrics.aggregate_iqm(scores)])
+    cells = [f"{x:.2f}" for x in both]
+    if len(scores) > 1:
+        _, intervals = library.get_interval_estimates(
+            {"x": scores}, lambda x: np.array([geometric_mean(x), metrics.aggregate_iqm(x)]), reps=2000,
+            random_state=np.random.RandomState(0))
+        cells = [f"{cell} [{low:.2f}, {high:.2f}]" for cell, low, high in zip(cells, *intervals["x"], strict=True)]
+    return {"geometric": cells[0], "iqm": cells[1], "runs": f"{scores.shape[1]} × {scores.shape[0]}"}
+
+
+def returns(rows: pd.DataFrame, player: str, split: str = "") -> str:
+    """Mean return (of Atari human-normalised) and, of several seeds, its standard deviation over them, as a cell."""
+    values = rows[f"{player}_human_normalised" if set(rows.suite) == {"atari"} else f"{player}_{split}mean"].dropna()
+    digits = 0 if values.empty or abs(values.mean()) >= 100 else 1 if abs(values.mean()) >= 10 else 2
+    spread = f" ± {values.std():,.{digits}f}" if len(values) > 1 else ""
+    return "" if values.empty else f"{values.mean():,.{digits}f}{spread}"
+
+
+# ======================================================================================================================
+# Tables
+# ======================================================================================================================
+
+
+def markdown(header: list[str], table: list[list[str]]) -> str:
+    """A table as markdown."""
+    lines = [header, ["---"] * len(header), *table]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def methods_table(runs: pd.DataFrame, suite: str, statistic: str) -> str:
+    """Table 1: students of every size and method, as a fraction of their teachers."""
+    header = ["students", *METHODS, "tasks × seeds", "the paper's td, sd, ppd"]
+    runs, table = runs[(runs.experiment == "methods") & (runs.suite == suite)], []
+    for size in SIZES:
+        cells = {name: aggregate(runs[(runs["size"] == size) & (runs.method == name)]) for name in METHODS}
+        paper = [paper_value(1, "all" if suite == "gymnax" else suite, size, name) for name in METHODS.values()]
+        table.append([size, *(cells[name][statistic] for name in METHODS),
+                      ", ".join(dict.fromkeys(cell["runs"] for cell in cells.values() if cell["runs"])),
+                      ", ".join(paper)])
+    return markdown(header, table)
+
+
+def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "") -> str:
+    """Table 2 (Tables 6 and 8 by task): larger students of corrupted teachers, as a fraction of the uncorrupted."""
+    runs = runs[(runs.experiment == "imperfect") & (runs.suite == suite)]
+    header, table = ["", "corrupted teacher", *METHODS, "tasks × seeds", "the paper's corrupted, td, sd, ppd"], []
+    for task in ("all", *sorted(runs.task.unique())):
+        each = runs if task == "all" else runs[runs.task == task]
+        corrupted = aggregate(each[each.method == "ppd"], "corrupted_teacher", split)
+        cells = [aggregate(each[each.method == name], "student", split) for name in METHODS]
+        number = {"train_": 8}.get(split, 2 if task == "all" else 6)
+        paper = [paper_value(number, suite, *x, env=paper_name(task)) for x in
+                 (("teacher", "corrupted"), *(("larger", name) for name in METHODS.values()))]
+        table.append([task, corrupted[statistic], *(cell[statistic] for cell in cells), corrupted["runs"],
+                      ", ".join(filter(None, paper))])
+    return markdown(header, table)
+
+
+def paper_name(task: str) -> str:
+    """A task as the paper's tables call it."""
+    name = re.sub(r"(Easy|Hard)?-(v\d|MinAtar)$", "", task)
+    return {"HalfCheetah": "half-cheetah"}.get(name, name.lower())
+
+
+def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
+    """Table 5 (Procgen on its training levels: Table 7's by task): returns of teachers and students."""
+    runs = runs[(runs.experiment == "methods") & (runs.suite == suite)]
+    names = [(size, name) for size in SIZES for name in METHODS]
+    header = ["task", "teacher", *(f"{size}, {METHODS[name]}" for size, name in names)]
+    table = []
+    for task in sorted(runs.task.unique()):
+        each = runs[runs.task == task]
+        cells = [returns(each[(each["size"] == size) & (each.method == name)], "student", split)
+                 for size, name in names]
+        teachers = each.drop_duplicates("seed")
+        table.append([task, returns(teachers, "teacher", split), *cells])
+        paper = [paper_value(5, suite, "teacher", "ppo", paper_name(task)),
+                 *(paper_value(5, suite, size, METHODS[name], paper_name(task)) for size, name in names)]
+        if any(paper) and not split:
+            table.append(["the paper's", *paper])
+    return markdown(header, table)
+
+
+def lambda_table(runs: pd.DataFrame, suite: str) -> str:
+    """The λ study: larger students by PPD, as a fraction of their teachers."""
+    runs = runs[(runs.experiment == "lambda") & (runs.suite == suite)]
+    tasks, table = sorted(runs.task.unique()), []
+    for value in sorted(runs.distill_coef.unique()):
+        each = runs[runs.distill_coef == value]
+        found = aggregate(each)
+        table.append([f"{value:g}" + (" (PPO)" if value == 0 else ""), found["geometric"], found["iqm"],
+                      *(returns(each[each.task == task], "student") for task in tasks)])
+    teachers = runs.drop_duplicates(["task", "seed"])
+    table.append(["the teacher", "1", "1", *(returns(teachers[teachers.task == task], "teacher") for task in tasks)])
+    return markdown(["λ", "geometric mean", "interquartile mean", *tasks], table)
+
+
+# ======================================================================================================================
+# Figures
+# ======================================================================================================================
+
+
+def curves(
+    folder: Path, runs: pd.DataFrame, chosen: list[tuple[str, str, float | None]], name: str, title: str
+) -> bool:
+    """Draws the return while the students learn, a panel for each task; returns whether there was anything to draw.
+
+    chosen: label, pattern of the curves' files with {task}, and λ for files with several.
+    """
+    tasks = [task for task in sorted(runs.task.unique())
+             if any(list((folder / "curves").glob(pattern.format(task=task))) for _, pattern, _ in chosen)]
+    if not tasks:
+        return False
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.9 * lines + 0.5), squeeze=False,
+                                layout="constrained")
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        for i, (label, pattern, coef) in enumerate(chosen):
+            found = [pd.read_csv(path) for path in sorted((folder / "curves").glob(pattern.format(task=task)))]
+            if not found:
+                continue
+            curve = pd.concat([x.assign(file=number) for number, x in enumerate(found)])
+            if "phase" in curve:
+                curve = curve[curve.phase == "student"]
+            if coef is not None and "distill_coef" in curve:
+                curve = curve[curve.distill_coef == coef]
+            by_step = curve.groupby("global_step")["charts/episodic_return"]
+            mean, spread = by_step.mean(), by_step.std().fillna(0.0)
+            axis.plot(mean.index, mean, label=label, color=f"C{i}")
+            axis.fill_between(mean.index, mean - spread, mean + spread, color=f"C{i}", alpha=0.2, linewidth=0)
+        teachers = runs[runs.task == task].drop_duplicates("seed").teacher_mean
+        axis.axhline(teachers.mean(), linestyle="--", color="black", linewidth=1, label="teacher, evaluated")
+        axis.set(title=task, xlabel="environment steps", ylabel="episodic return")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    for axis in axes.flat[len(tasks):]:
+        axis.axis("off")
+    handles = {}
+    for axis in axes.flat:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    figure.suptitle(title)
+    figure.savefig(folder / name, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
+    """All figures that the results allow; returns markdown that shows them."""
+    shown = []
+    for suite in (suite for suite in SUITES if suite in set(runs.suite)):
+        each = runs[runs.suite == suite]
+        wanted = [(name, f"methods__{{task}}__{name}__larger__*.csv", None) for name in METHODS]
+        number = CURVE_FIGURES.get(suite, 1)
+        title = f"{SUITES[suite]}: larger students while they learn, mean ± standard deviation over seeds"
+        if curves(folder, each[each.experiment == "methods"], wanted, f"figure{number}_{suite}.png", title):
+            shown.append(f"![{title}](figure{number}_{suite}.png)")
+        values = sorted(each[each.experiment == "lambda"].distill_coef.unique())
+        pattern = "lambda__{task}__ppd__larger__*" + (".csv" if suite == "gymnax" else "__%g.csv")
+        wanted = [(f"λ = {x:g}", pattern if suite == "gymnax" else pattern % x, x) for x in values]
+        title = f"{SUITES[suite]}: larger students by PPD with several λ, mean ± standard deviation over seeds"
+        if curves(folder, each[each.experiment == "lambda"], wanted, f"figure2_{suite}.png", title):
+            shown.append(f"![{title}](figure2_{suite}.png)")
+    return shown
+
+
+# ======================================================================================================================
+# The report
+# ======================================================================================================================
+
+
+def sections(runs: pd.DataFrame) -> dict[str, str]:
+    """Every table by its name, with a caption."""
+    found = {}
+    for suite in (suite for suite in SUITES if suite in set(runs.suite)):
+        kinds, name = set(runs[runs.suite == suite].experiment), SUITES[suite]
+        if "methods" in kinds:
+            found[f"{suite}-methods"] = (
+                f"{name}: students as a fraction of their teachers, geometric mean (Table 1)\n\n"
+                + methods_table(runs, suite, "geometric"))
+            found[f"{suite}-methods-iqm"] = (
+                f"{name}: the same, interquartile mean\n\n" + methods_table(runs, suite, "iqm"))
+            found[f"{suite}-returns"] = (
+                f"{name}: returns, mean ± standard deviation over seeds (Table 5)\n\n" + returns_table(runs, suite))
+        if "imperfect" in kinds:
+            found[f"{suite}-imperfect"] = (
+                f"{name}: larger students of corrupted teachers, as a fraction of the uncorrupted, geometric mean "
+                "(Tables 2 and 6)\n\n" + imperfect_table(runs, suite, "geometric"))
+            found[f"{suite}-imperfect-iqm"] = (
+                f"{name}: the same, interquartile mean\n\n" + imperfect_table(runs, suite, "iqm"))
+        if "lambda" in kinds:
+            found[f"{suite}-lambda"] = (
+                f"{name}: larger students by PPD with several λ; returns: mean ± standard deviation over seeds\n\n"
+                + lambda_table(runs, suite))
+        if suite == "procgen":
+            found["procgen-train-returns"] = (
+                f"{name}, training levels: returns (Table 7)\n\n" + returns_table(runs, suite, "train_"))
+            found["procgen-train-imperfect"] = (
+                f"{name}, training levels: corrupted teachers (Table 8)\n\n"
+                + imperfect_table(runs, suite, "geometric", "train_"))
+    return found
+
+
+def fill_readme(text: str, tables: dict[str, str]) -> str:
+    """The README with each table between its marks, `<!-- report: NAME -->` and `<!-- end -->`, brought up to date."""
+    def fill(match: re.Match) -> str:
+        return f"{match[1]}\n{tables[match[2]]}\n<!-- end -->"
+
+    return re.sub(r"(<!-- report: (\S+) -->)\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main(args: Args) -> None:
+    """Writes report.md, the figures and, from the repository's own results, the README's tables."""
+    runs = load(args.results)
+    tables = sections(runs)
+    figures = draw(args.results, runs)
+    text = "\n\n".join(["# Report of benchmark/report.py", *(f"## {table}" for table in tables.values()), *figures])
+    (args.results / "report.md").write_text(text + "\n")
+    print(text)
+    if args.readme and args.results.resolve() == (ROOT / "benchmark/results").resolve():
+        readme = ROOT / "README.md"
+        readme.write_text(fill_readme(readme.read_text(), tables))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

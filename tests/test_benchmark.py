@@ -1,0 +1,184 @@
+"""The grid of experiments and its report: the paper's runs, done once each, and tables that say what the runs gave."""
+
+import csv
+import itertools
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import grid
+import report
+
+import ppd_atari
+import ppd_gymnax
+import ppd_mujoco
+import ppd_procgen
+import student_distill
+import teacher_distill
+import train_teacher
+
+SCRIPTS = {f"{m.__name__}.py": m for m in (
+    ppd_atari, ppd_gymnax, ppd_mujoco, ppd_procgen, student_distill, teacher_distill, train_teacher)}
+TINY = "--teacher-timesteps 4096 --total-timesteps 2048 --num-seeds 2 --num-envs 8 --num-parts 2 --eval-episodes 2 --teacher-num-steps 32"
+
+
+def all_runs():
+    return [run for suite in grid.TASKS for run in grid.experiments(suite)]
+
+
+def test_the_grid_is_the_papers():
+    runs = all_runs()
+    assert len(set(runs)) == len(runs) == len({run.name for run in runs})
+    paper = [run for run in runs if run.suite != "gymnax"]
+    tasks, seeds = 11 + 4 + 4, 5
+    count = {name: sum(run.experiment == name for run in paper) for name in grid.EXPERIMENTS}
+    assert count == {"teachers": tasks * seeds, "methods": tasks * 3 * 3 * seeds, "imperfect": 8 * 3 * seeds, "lambda": 4 * 4 * seeds}
+    known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
+    for suite, table in itertools.product(("atari", "mujoco", "procgen"), (5, 6)):
+        named = set(known[(known.table == table) & (known.suite == suite)].env) - {"all"}
+        ours = {run.task for run in paper if run.suite == suite and run.experiment == ("methods" if table == 5 else "imperfect")}
+        assert {report.paper_name(task) for task in ours} == named
+
+
+def test_every_command_line_of_the_grid_means_what_its_run_is_called():
+    args = grid.Args()
+    kinds = {(run.experiment, run.suite, run.method, run.size, run.distill_coef): run for run in all_runs()}
+    for run in kinds.values():
+        words = grid.command(run, args)
+        flags = SCRIPTS[words[1]].parse_args(words[2:])
+        assert (flags.env_id, flags.seed) == (run.task, run.seed)
+        if run.suite == "gymnax":
+            assert (flags.method, flags.num_seeds) == (run.method, 5)
+        if run.experiment != "teachers":
+            assert flags.student_size == run.size and run.task in flags.teacher
+            assert flags.teacher_noise_std == (0.05 if run.experiment == "imperfect" else 0.0)
+            assert run.script != "ppd_gymnax.py" or run.experiment != "lambda" or flags.distill_coef == (0, 0.5, 1, 2, 5)
+        if run.distill_coef is not None:
+            assert flags.distill_coef == run.distill_coef
+    assert {grid.teacher_path(run, args) for run in all_runs() if run.task == "Hopper-v4" and run.seed == 100 and run.teacher} == {
+        "teachers/Hopper-v4__100.msgpack"}
+
+
+def test_filters_choose_runs_and_the_teachers_they_lack(capsys):
+    chosen = grid.chosen(grid.Args(suite=("gymnax",), experiment=("methods",), method=("ppd",), size=("same",), task=("Breakout-MinAtar",)))
+    assert [(run.experiment, run.method) for run in chosen] == [("teachers", "ppo"), ("methods", "ppd")]
+    chosen = grid.chosen(grid.Args(suite=("mujoco",), experiment=("methods",), task=("Hopper-v4",), seed=(100,)))
+    assert len(chosen) == 9 and {run.experiment for run in chosen} == {"methods"}  # that teacher is shipped
+    grid.main(grid.Args(suite=("mujoco",), task=("Ant-v4",), size=("larger",), method=("ppd",), seed=(100, 200), dry_run=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert [shlex.split(line)[1] for line in lines] == ["train_teacher.py", "ppd_mujoco.py", "ppd_mujoco.py"]
+    assert "--teacher runs/grid/teachers__Ant-v4__ppo__same__200/teacher.msgpack" in lines[2]
+    with pytest.raises(SystemExit):
+        grid.main(grid.Args(task=("Nothing-v0",)))
+
+
+def start_grid(folder, extra, *flags):
+    words = [sys.executable, "benchmark/grid.py", "--suite", "gymnax", "--task", "Breakout-MinAtar", "--size", "same", "--folder", str(folder)]
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.Popen([*words, f"--extra={extra}", *flags], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "steps_per_second")} for row in csv.DictReader(file)]
+
+
+def test_a_grid_that_is_killed_goes_on_and_repeats_nothing(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    began = start_grid(whole, TINY, "--method", "ppo", "ppd", "teacher-distill")
+    out = began.communicate(timeout=400)[0]
+    assert began.returncode == 0 and "3 of 3 runs are done" in out, out
+
+    began = start_grid(cut, TINY, "--method", "ppo", "ppd", "teacher-distill")
+    first = cut / "teachers__Breakout-MinAtar__ppo__same__100"
+    while not (first / "results.json").exists() or not any(cut.glob("methods__*/checkpoint*.msgpack")):
+        assert began.poll() is None, began.communicate()[0]
+        time.sleep(0.05)
+    began.kill()
+    began.communicate()
+    time.sleep(3)  # the scripts see that the grid is gone, save and end
+    stamp = (first / "results.json").stat().st_mtime_ns
+    began = start_grid(cut, TINY, "--method", "ppo", "ppd", "teacher-distill")
+    out = began.communicate(timeout=400)[0]
+    assert began.returncode == 0 and "3 of 3 runs are done" in out, out
+    assert (first / "results.json").stat().st_mtime_ns == stamp
+    assert any("--resume" in log.read_text() for log in cut.glob("*.log"))
+    relative = [[{k: v.replace(str(folder), "") for k, v in row.items()} for row in table(folder / "results/gymnax.csv")] for folder in (whole, cut)]
+    assert relative[0] == relative[1] and len(relative[0]) == 6
+    assert {path.name for path in (whole / "results/curves").iterdir()} == {path.name for path in (cut / "results/curves").iterdir()}
+
+
+def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path):
+    began = start_grid(tmp_path / "x", TINY + " --num-minibatches 7", "--method", "ppo", "ppd")
+    out = began.communicate(timeout=200)[0]
+    assert began.returncode == 1 and "0 of 2 runs are done" in out
+    assert "--num-minibatches 7 does not divide" in out and "its teacher failed: teachers__Breakout-MinAtar__ppo__same__100" in out
+
+
+def test_our_aggregate_of_the_papers_table_5_is_its_table_1():
+    known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
+    fifth = known[(known.table == 5) & (known.split == "test") & (known.env != "all")]
+    for suite in ("atari", "mujoco", "procgen"):
+        each = fifth[fifth.suite == suite]
+        teachers = each[each["size"] == "teacher"].set_index("env").value
+        for size, (method, name) in itertools.product(grid.SIZES, report.METHODS.items()):
+            rows = each[(each["size"] == size) & (each.method == name)].assign(seed=100, task=lambda x: x.env)
+            kind = "human_normalised" if suite == "atari" else "mean"
+            rows[f"student_{kind}"], rows[f"teacher_{kind}"] = rows.value, rows.env.map(teachers)
+            ours = report.aggregate(rows.assign(method=method))
+            assert float(ours["geometric"]) == pytest.approx(float(report.paper_value(1, suite, size, name)), abs=0.0151)
+            assert ours["runs"] == f"{len(teachers)} × 1" and "[" not in ours["geometric"]
+
+
+def made_up(folder):
+    rng, rows = np.random.default_rng(0), []
+    for task, size, method, seed in itertools.product(("Ant-v4", "Hopper-v4"), ("same",), ("ppd", "student-distill"), (100, 200, 300)):
+        rows.append({name: "" for name in grid.COLUMNS} | {
+            "experiment": "methods", "suite": "mujoco", "task": task, "method": method, "size": size, "seed": seed,
+            "teacher_mean": 1000.0 * seed, "student_mean": 1000.0 * seed * (0.9 if method == "ppd" else rng.uniform(0.5, 1.5))})
+    grid.write_csv(folder / "mujoco.csv", grid.COLUMNS, rows)
+
+
+def test_the_report_gives_what_the_rows_say_and_leaves_the_rest_empty(tmp_path, capsys):
+    made_up(tmp_path)
+    report.main(report.Args(results=tmp_path))
+    text = (tmp_path / "report.md").read_text()
+    assert "| same |  | " in text and "| smaller |  |  |  |  | 0.94, 0.97, 0.97 |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| same |"))
+    _, _, td, sd, ppd, runs, paper, _ = (cell.strip() for cell in line.split("|"))
+    assert (td, ppd, runs, paper) == ("", "0.90 [0.90, 0.90]", "2 × 3", "0.96, 1, 1.01")
+    mean, low, high = map(float, re.findall(r"[\d.]+", sd))
+    scores = report.fractions(report.load(tmp_path).query("method == 'student-distill'"))
+    assert scores.shape == (3, 2) and mean == pytest.approx(math.exp(np.log(scores).mean()), abs=0.0051)
+    assert scores.min() <= low < mean < high <= scores.max() + 0.0051
+    assert "| the paper's | 3574 |" in text
+
+
+def test_the_readme_is_what_the_report_makes_of_the_results():
+    readme = (ROOT / "README.md").read_text()
+    tables = report.sections(report.load(ROOT / "benchmark/results"))
+    assert set(re.findall(r"<!-- report: (\S+) -->", readme)) <= set(tables)
+    assert report.fill_readme(readme, tables) == readme
+    stale = re.sub(r"0\.9\d", "0.12", readme)
+    assert report.fill_readme(stale, tables).count("0.12") < stale.count("0.12") and stale != readme
+
+
+def test_committed_rows_are_whole():
+    for path in (ROOT / "benchmark/results").glob("*.csv"):
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert rows and list(rows[0]) == grid.COLUMNS
+        assert len({tuple(row[name] for name in grid.KEY) for row in rows}) == len(rows)
+        for row in rows:
+            assert row["suite"] == path.stem and row["teacher_mean"] and row["command"].startswith("python ") and "/tmp" not in row["command"]
+            assert (row["student_mean"] != "") == (row["method"] != "ppo")
