@@ -15,8 +15,9 @@ test: $(VENV)/installed-dev lint  ## lint, then every test
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
 
-benchmark: $(VENV)/installed  ## steps per second, beside what this machine could do at most
-	$(RUN) benchmark/speed.py
+benchmark: $(VENV)/installed-dev  ## the paper's grid in miniature, with its tables and figures
+	$(RUN) benchmark/grid.py --miniature --folder runs/miniature
+	$(RUN) benchmark/report.py --results runs/miniature/results
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

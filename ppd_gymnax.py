@@ -104,8 +104,8 @@ class Teacher:
     """environment steps of each teacher, where it is trained here"""
     teacher_num_steps: int | None = None
     """steps of each environment in a rollout while the teacher is trained"""
-    teacher_ent_coef: float = 0.01
-    """weight of the entropy bonus while the teacher is trained"""
+    teacher_ent_coef: float | None = None
+    """weight of the entropy bonus while the teacher is trained: 0.01, and 0.05 where rewards are met by chance alone"""
     teacher_noise_std: float = 0.05
     """standard deviation of Gaussian noise on every parameter of the teacher's policy (the paper's σ, there 0.05)"""
     teacher_noise_seed: int = 0
@@ -216,11 +216,13 @@ class Args(Output, PPO, Distillation, Teacher, Task):
         return -(-self.num_updates // self.updates_per_part)
 
 
-# Defaults of MinAtar and of other tasks; found by trying a few values, not the paper's
+# Defaults of MinAtar, of other tasks, and of those whose reward is the same until chance has reached the goal; found by
+# trying a few values, not the paper's
 MINATAR = {"learning_rate": 2.5e-3, "num_envs": 64, "num_steps": 32, "teacher_num_steps": 128,
-           "teacher_timesteps": 500_000}
+           "teacher_timesteps": 400_000, "teacher_ent_coef": 0.01}
 STATES = {"learning_rate": 1e-3, "num_envs": 16, "num_steps": 64, "teacher_num_steps": 128,
-          "teacher_timesteps": 500_000}
+          "teacher_timesteps": 500_000, "teacher_ent_coef": 0.01}
+SPARSE = dict.fromkeys(("Acrobot-v1", "MountainCar-v0"), {"teacher_ent_coef": 0.05})
 
 # Flags that must lie in a range, both ends included
 RANGES = {
@@ -250,7 +252,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def resolve(args: Args) -> Args:
     """Fills in the task's defaults; ends the program for flags that cannot work, before anything is written."""
     check_task(args.env_id)
-    known = (MINATAR if is_grid(args.env_id) else STATES) | ({} if args.method == "ppd" else {"num_steps": 5})
+    known = (MINATAR if is_grid(args.env_id) else STATES) | SPARSE.get(args.env_id, {})
+    known |= {"num_steps": 5} if args.method.endswith("distill") else {}
     args = dataclasses.replace(args, **{name: value for name, value in known.items() if getattr(args, name) is None})
     if args.total_timesteps is None:
         args = dataclasses.replace(args, total_timesteps=max(1, args.teacher_timesteps // 5))

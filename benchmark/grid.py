@@ -12,6 +12,7 @@ Students learn from the teachers of teachers/; where one is missing, the grid tr
 import csv
 import ctypes
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -38,7 +39,7 @@ TASKS = {
               "MsPacman-v5", "Pong-v5", "Qbert-v5", "Seaquest-v5", "Zaxxon-v5"),
     "mujoco": ("Hopper-v4", "HalfCheetah-v4", "Ant-v4", "Humanoid-v4"),
     "procgen": ("CoinrunEasy-v0", "JumperEasy-v0", "MinerEasy-v0", "NinjaEasy-v0"),
-    "gymnax": ("Asterix-MinAtar", "Breakout-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar"),
+    "gymnax": ("Asterix-MinAtar", "Breakout-MinAtar", "Freeway-MinAtar", "SpaceInvaders-MinAtar"),
 }
 CORRUPTED = {
     "atari": ("BeamRider-v5", "CrazyClimber-v5", "MsPacman-v5", "Qbert-v5"), "mujoco": (),
@@ -47,12 +48,19 @@ CORRUPTED = {
 METHODS = ("ppd", "student-distill", "teacher-distill")
 SIZES = ("smaller", "same", "larger")
 NOISE_STD = 0.05  # of imperfect teachers
-DISTILL_COEFS = (0.5, 1.0, 2.0, 5.0)
+DISTILL_COEFS = (0.5, 2.0, 5.0)  # and 1, which larger students have anyway
 SEEDS = (100, 200, 300, 400, 500)
 
 # One run of gymnax learns all of its seeds, and all λ, side by side; λ = 0 is PPO: what a student learns by itself
 GYMNAX = ("--num-seeds", "5", "--teacher-timesteps", "1000000", "--total-timesteps", "200000")
 GYMNAX_COEFS = (0.0, *DISTILL_COEFS)
+
+# Tasks of the miniature, and its flags; networks of images are too slow without a GPU
+MINIATURE = {
+    "mujoco": (("Hopper-v4",), ("--total-timesteps", "20000", "--eval-episodes", "5")),
+    "gymnax": (("Breakout-MinAtar",), ("--num-seeds", "2", "--teacher-timesteps", "200000",
+                                       "--total-timesteps", "40000", "--eval-episodes", "20")),
+}
 
 EXPERIMENTS = ("teachers", "methods", "imperfect", "lambda")
 
@@ -128,7 +136,19 @@ class Args:
     results: Path | None = None
     """where their rows go: {suite}.csv and curves/{run}.csv; by default the folder results within --folder"""
     processes: int | None = None
-    """runs at a time, each on cores of its own; by default one for each core"""
+    """runs at a time, each on cores of its own; by default one for each core, and on Slurm all"""
+    executor: Literal["local", "slurm"] = "local"
+    """this machine, or a Slurm cluster, whose nodes see this folder; preempted runs go on from their checkpoints"""
+    slurm_partition: str | None = None
+    """Slurm: partition"""
+    slurm_minutes: int = 24 * 60
+    """Slurm: time limit of a job; a run that needs longer goes on in another"""
+    slurm_cpus: int = 4
+    """Slurm: cores of a run"""
+    slurm_gpus: int = 0
+    """Slurm: GPUs of a run"""
+    miniature: bool = False
+    """a small part of the grid with small budgets, which shows in minutes that all of it works"""
     extra: str = ""
     """more flags for every run, in quotes: --extra="--total-timesteps 50000" """
 
@@ -160,6 +180,8 @@ def command(run: Run, args: Args) -> list[str]:
     if run.experiment == "lambda":
         values = GYMNAX_COEFS if run.distill_coef is None else (run.distill_coef,)
         words += ["--distill-coef", *(f"{value:g}" for value in values)]
+    if args.miniature:
+        words += MINIATURE[run.suite][1]
     return words + shlex.split(args.extra) + ["--run-dir", str(args.folder / run.name)]
 
 
@@ -170,7 +192,8 @@ def chosen(args: Args) -> list[Run]:
         for run in experiments(suite):
             filters = ((args.experiment, run.experiment), (args.task, run.task), (args.method, run.method),
                        (args.size, run.size), (args.seed, run.seed))
-            if all(not wanted or value in wanted for wanted, value in filters):
+            small = not args.miniature or (run.seed == SEEDS[0] and run.task in MINIATURE.get(suite, ((),))[0])
+            if small and all(not wanted or value in wanted for wanted, value in filters):
                 runs.append(run)
     teachers = [run.teacher for run in runs if run.teacher and not teacher_path(run, args).startswith("teachers/")]
     return list(dict.fromkeys(teachers + runs))
@@ -189,34 +212,55 @@ def is_done(run: Run, args: Args) -> bool:
     return (ROOT / args.folder / run.name / "results.json").exists()
 
 
-def execute(run: Run, args: Args, cores: list[int], grid: int, gpus: dict[str, str]) -> None:
-    """Runs one script to its end, from its checkpoint where there is one; called within submitit's process.
+class Execution:
+    """One script run to its end, from its checkpoint where there is one: what a job of submitit calls."""
 
-    cores: that it may use. grid: the grid's process: where that has ended, the run saves and ends too. gpus: the
-    variable that says which are visible, if it was set.
-    """
-    os.sched_setaffinity(0, cores)
-    env = {name: value for name, value in os.environ.items() if name not in GPUS}  # submitit hides all
-    folder = ROOT / args.folder / run.name
-    words = command(run, args)
-    if any(folder.glob("checkpoint*.msgpack")):
-        words = [*words[:2], "--resume", str(args.folder / run.name)]
-    else:  # it ended before its first checkpoint, or has not begun
-        shutil.rmtree(folder, ignore_errors=True)
-    end_with_parent = 1  # PR_SET_PDEATHSIG: Linux sends a signal to the script when this process ends
+    def __call__(self, run: Run, args: Args, cores: list[int] | None, grid: int | None, gpus: dict[str, str]) -> None:
+        """Returns when the run has ended, and raises where it failed.
 
-    with open(ROOT / args.folder / f"{run.name}.log", "a") as log:
-        print("$", shlex.join(words), file=log, flush=True)
-        script = subprocess.Popen(
-            [sys.executable, *words[1:]], cwd=ROOT, env=env | gpus, stdout=log, stderr=log,
-            preexec_fn=lambda: ctypes.CDLL(None).prctl(end_with_parent, signal.SIGTERM))
-        while script.poll() is None:
+        cores: that it may use, or all. grid: on the grid's own machine its process: where that has ended, the run saves
+        and ends too. gpus: the variable that says which are visible, if it was set.
+        """
+        if cores:
+            os.sched_setaffinity(0, cores)
+        env = {name: value for name, value in os.environ.items() if name not in GPUS} if grid else dict(os.environ)
+        folder, log_path = ROOT / args.folder / run.name, ROOT / args.folder / f"{run.name}.log"
+        with open(log_path, "a") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)  # the script holds it too: one that still saves is waited for
+            words = command(run, args)
+            if any(folder.glob("checkpoint*.msgpack")):
+                words = [*words[:2], "--resume", str(args.folder / run.name)]
+            else:  # it ended before its first checkpoint, or has not begun
+                shutil.rmtree(folder, ignore_errors=True)
+            print("$", shlex.join(words), file=log, flush=True)
+            self.script = subprocess.Popen([sys.executable, *words[1:]], cwd=ROOT, env=env | gpus, stdout=log,
+                                           stderr=log, preexec_fn=prepare_script)
+        while self.script.poll() is None and (grid is None or Path(f"/proc/{grid}").exists()):
             time.sleep(0.2)
-            if not Path(f"/proc/{grid}").exists():
-                script.terminate()
-    if script.returncode:
-        lines = (ROOT / args.folder / f"{run.name}.log").read_text().strip().splitlines()
-        raise RuntimeError(f"exit code {script.returncode}: {lines[-1] if lines else ''}")
+        self.stop()
+        if grid is None and self.script.returncode == 128 + signal.SIGTERM:
+            time.sleep(3600)  # preempted: Slurm is about to end this job, and to begin it again
+        if self.script.returncode:
+            lines = log_path.read_text().strip().splitlines()
+            raise RuntimeError(f"exit code {self.script.returncode}: {lines[-1] if lines else ''}")
+
+    def stop(self) -> None:
+        """Lets the script finish its update and save, if it still runs."""
+        if self.script.poll() is None:
+            self.script.terminate()
+        self.script.wait()
+
+    def checkpoint(self, *args: Any) -> submitit.helpers.DelayedSubmission:
+        """Called shortly before Slurm's time limit; what is returned goes back into the queue."""
+        self.stop()
+        return submitit.helpers.DelayedSubmission(Execution(), *args)
+
+
+def prepare_script() -> None:
+    """Within the script's process: it gets SIGTERM when this one ends, and leaves Slurm's warning to this one."""
+    end_with_parent = 1  # PR_SET_PDEATHSIG of Linux
+    ctypes.CDLL(None).prctl(end_with_parent, signal.SIGTERM)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def progress(run: Run, args: Args) -> float:
@@ -234,14 +278,30 @@ def progress(run: Run, args: Args) -> float:
         return 0.0
 
 
+def make_executor(args: Args) -> submitit.AutoExecutor:
+    """What jobs are submitted to."""
+    executor = submitit.AutoExecutor(ROOT / args.folder / "jobs", cluster=args.executor, slurm_max_num_timeout=100)
+    if args.executor == "local":
+        executor.update_parameters(timeout_min=10**6)
+    else:
+        executor.update_parameters(
+            name="ppd", timeout_min=args.slurm_minutes, cpus_per_task=args.slurm_cpus,
+            slurm_partition=args.slurm_partition, slurm_array_parallelism=args.processes or 1000,
+            slurm_signal_delay_s=120,
+            slurm_additional_parameters={"requeue": True} | ({"gpus": args.slurm_gpus} if args.slurm_gpus else {}))
+    return executor
+
+
 def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
-    """Executes runs side by side, each on its own cores, a student after its teacher; returns the failures' reasons."""
+    """Executes runs side by side, a student after its teacher; returns the reasons of failures.
+
+    On this machine each has cores of its own; on Slurm all that are ready become one array.
+    """
+    executor, local = make_executor(args), args.executor == "local"
     available = sorted(os.sched_getaffinity(0))
     processes = min(args.processes or len(available), len(available))
     free = [available[i::processes] for i in range(processes)]
-    executor = submitit.AutoExecutor(ROOT / args.folder / "jobs", cluster="local")
-    executor.update_parameters(timeout_min=10**6)
-    gpus = {name: os.environ[name] for name in GPUS if name in os.environ}
+    gpus = {name: os.environ[name] for name in GPUS if name in os.environ} if local else {}
     waiting, running, failed = [run for run in runs if not is_done(run, args)], {}, {}
     bar = tqdm(total=len(runs), unit=" runs", initial=len(runs) - len(waiting),
                bar_format="{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}{postfix}]",
@@ -255,21 +315,28 @@ def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
                     if is_done(run, args):
                         record(run, args)
                     else:
-                        failed[run] = str(job.exception()).strip().splitlines()[-1]
+                        failed[run] = (str(job.exception()).strip().splitlines() or ["no reason given"])[-1]
                         bar.write(f"failed: {run.name}: {failed[run]}")
+            ready = []
             for run in list(waiting):
                 if run.teacher in failed:
                     waiting.remove(run)
                     failed[run] = f"its teacher failed: {run.teacher.name}"
-                elif free and (run.teacher is None or (ROOT / teacher_path(run, args)).exists()) and (
-                        run.teacher not in running):
-                    waiting.remove(run)
-                    cores = free.pop(0)
-                    running[run] = executor.submit(execute, run, args, cores, os.getpid(), gpus), cores
+                elif run.teacher not in running and (run.teacher is None or (ROOT / teacher_path(run, args)).exists()):
+                    ready.append(run)
+            ready = ready[:len(free)] if local else ready
+            places = [free.pop(0) if local else None for _ in ready]
+            if ready:
+                with executor.batch():
+                    jobs = [executor.submit(Execution(), run, args, cores, os.getpid() if local else None, gpus)
+                            for run, cores in zip(ready, places, strict=True)]
+                running |= dict(zip(ready, zip(jobs, places, strict=True), strict=True))
+                waiting = [run for run in waiting if run not in running]
             bar.n = len(runs) - len(waiting) - len(failed) - sum(1 - progress(run, args) for run in running)
-            bar.set_postfix_str(", ".join(run.name for run in running), refresh=False)
+            names = ", ".join(run.name for run in list(running)[:3])
+            bar.set_postfix_str(f"{len(running)} running: {names}", refresh=False)
             bar.refresh() if sys.stderr.isatty() else bar.update(0)
-            time.sleep(0.5)
+            time.sleep(0.5 if local else 5.0)
     return failed
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+import scipy.stats
 import tyro
-from rliable import library, metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (it asks for a screen unless told otherwise first)
@@ -27,7 +27,7 @@ METHODS = {"teacher-distill": "td", "student-distill": "sd", "ppd": "ppd"}  # as
 SIZES = ("smaller", "same", "larger")
 SUITES = {"atari": "Atari", "procgen": "Procgen", "mujoco": "MuJoCo", "gymnax": "MinAtar (gymnax)"}
 CURVE_FIGURES = {"atari": 6, "mujoco": 7, "procgen": 8}
-FLOOR = 0.01  # of a fraction within the geometric mean, which a single 0 would make 0
+FLOOR = 0.01  # what a fraction counts for at least in the geometric mean, which a single 0 would make 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,14 @@ class Args:
 
 
 def load(folder: Path) -> pd.DataFrame:
-    """All rows of all suites."""
+    """All rows of all suites; the larger students of PPD are those of λ = 1 in the λ study too, where there is one."""
     tables = [pd.read_csv(folder / f"{suite}.csv") for suite in SUITES if (folder / f"{suite}.csv").exists()]
     if not tables:
         raise SystemExit(f"error: {folder} has no table of the grid: none of {', '.join(f'{x}.csv' for x in SUITES)}")
-    return pd.concat(tables, ignore_index=True)
+    runs = pd.concat(tables, ignore_index=True)
+    studied = runs.loc[runs.experiment == "lambda", ["suite", "task"]].drop_duplicates()
+    ones = runs[(runs.experiment == "methods") & (runs.method == "ppd") & (runs["size"] == "larger")].merge(studied)
+    return pd.concat([runs, ones.assign(experiment="lambda")], ignore_index=True)
 
 
 def paper_value(table: int, suite: str, size: str, method: str, env: str = "all") -> str:
@@ -61,9 +64,14 @@ def paper_value(table: int, suite: str, size: str, method: str, env: str = "all"
 # ======================================================================================================================
 
 
-def geometric_mean(scores: np.ndarray) -> float:
-    """Of all scores, none counting for less than 0.01."""
-    return float(np.exp(np.log(np.maximum(scores, FLOOR)).mean()))
+def geometric_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Of the scores of all tasks, each an array with seeds along this axis, none counting for less than 0.01."""
+    return np.exp(np.log(np.maximum(np.concatenate(tasks, axis), FLOOR)).mean(axis))
+
+
+def interquartile_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Of the scores of all tasks, as above: the mean of the middle half (Agarwal et al. 2021)."""
+    return scipy.stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis)
 
 
 def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> np.ndarray:
@@ -81,14 +89,14 @@ def aggregate(rows: pd.DataFrame, player: str = "student", split: str = "") -> d
     scores = fractions(rows, player, split)
     if not scores.size:
         return {"geometric": "", "iqm": "", "runs": ""}
-    both = np.array([geometric_mean(scores), metrics.aggregate_iqm(scores)])
-    cells = [f"{x:.2f}" for x in both]
-    if len(scores) > 1:
-        _, intervals = library.get_interval_estimates(
-            {"x": scores}, lambda x: np.array([geometric_mean(x), metrics.aggregate_iqm(x)]), reps=2000,
-            random_state=np.random.RandomState(0))
-        cells = [f"{cell} [{low:.2f}, {high:.2f}]" for cell, low, high in zip(cells, *intervals["x"], strict=True)]
-    return {"geometric": cells[0], "iqm": cells[1], "runs": f"{scores.shape[1]} × {scores.shape[0]}"}
+    cells = {"runs": f"{scores.shape[1]} × {scores.shape[0]}"}
+    for name, statistic in (("geometric", geometric_mean), ("iqm", interquartile_mean)):
+        cells[name] = f"{statistic(*scores.T):.2f}"
+        if len(scores) > 1:  # each task's seeds are drawn apart
+            found = scipy.stats.bootstrap(tuple(scores.T), statistic, method="percentile", n_resamples=5000,
+                                          random_state=np.random.default_rng(0)).confidence_interval
+            cells[name] += f" [{found.low:.2f}, {found.high:.2f}]"
+    return cells
 
 
 def returns(rows: pd.DataFrame, player: str, split: str = "") -> str:
@@ -239,8 +247,10 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
         if curves(folder, each[each.experiment == "methods"], wanted, f"figure{number}_{suite}.png", title):
             shown.append(f"![{title}](figure{number}_{suite}.png)")
         values = sorted(each[each.experiment == "lambda"].distill_coef.unique())
-        pattern = "lambda__{task}__ppd__larger__*" + (".csv" if suite == "gymnax" else "__%g.csv")
-        wanted = [(f"λ = {x:g}", pattern if suite == "gymnax" else pattern % x, x) for x in values]
+        wanted = []
+        for x in values:
+            pattern = "lambda__{task}__ppd__larger__*" + ("" if suite == "gymnax" else f"__{x:g}") + ".csv"
+            wanted.append((f"λ = {x:g}", "methods__{task}__ppd__larger__*.csv" if x == 1 else pattern, x))
         title = f"{SUITES[suite]}: larger students by PPD with several λ, mean ± standard deviation over seeds"
         if curves(folder, each[each.experiment == "lambda"], wanted, f"figure2_{suite}.png", title):
             shown.append(f"![{title}](figure2_{suite}.png)")

@@ -21,6 +21,14 @@ def test_every_result_stands_in_the_readme_as_it_was_measured(path):
     if "medians" in result:  # benchmark/speed.py
         figures = [f"{result['medians']['script']:,.0f}", f"{result['medians']['share']:.0%}"]
         lines = rows(re.search(r"--script (\w+)", result["command"])[1] if "--script" in result["command"] else "ppd_mujoco")
+    elif "results" in result:  # ppd_gymnax.py
+        found = result["results"]["teacher"]
+        figures, lines = [f"{found['mean']:.1f} ± {found['interval']:.1f}"], rows(f"--env-id {result['env_id']} ")
+    elif "gymnax" in result:  # benchmark/speed_gymnax.py
+        for name, found in result["gymnax"].items():
+            figures = [f"{found['PPO']:,.0f}", f"{found['PPD']:,.0f}", f"{found['cost']:+.0%}"]
+            assert any(all(figure in line for figure in figures) for line in rows(name)), figures
+        return
     elif "kl" in result:  # benchmark/pixels.py
         figures, lines = [f"{x['first']:.3f} to {x['last']:.3f}" for x in result["kl"].values()], rows(result["env_id"])
     else:
