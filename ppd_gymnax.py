@@ -102,6 +102,8 @@ class Teacher:
     each seed trains its own"""
     teacher_timesteps: int | None = None
     """environment steps of each teacher, where it is trained here"""
+    teacher_num_envs: int | None = None
+    """environments stepped in parallel while the teacher is trained; by default --num-envs, where that is given"""
     teacher_num_steps: int | None = None
     """steps of each environment in a rollout while the teacher is trained"""
     teacher_ent_coef: float | None = None
@@ -138,7 +140,7 @@ class PPO:
     learning_rate: float | None = None
     """step size of Adam, constant"""
     num_envs: int | None = None
-    """environments stepped in parallel (N)"""
+    """environments stepped in parallel (N); of the baselines fewer, for as many gradient steps as PPD takes"""
     num_steps: int | None = None
     """steps of each environment in a student's rollout (T); of the baselines the paper's: 5"""
     num_minibatches: int = 8
@@ -222,12 +224,13 @@ MINATAR = {"learning_rate": 2.5e-3, "num_envs": 64, "num_steps": 32, "teacher_nu
            "teacher_timesteps": 400_000, "teacher_ent_coef": 0.01}
 STATES = {"learning_rate": 1e-3, "num_envs": 16, "num_steps": 64, "teacher_num_steps": 128,
           "teacher_timesteps": 500_000, "teacher_ent_coef": 0.01}
+BASELINES = {"num_envs": 16, "num_steps": 5}  # a gradient step for 80 samples; PPD takes one for 64, the paper for 90
 SPARSE = dict.fromkeys(("Acrobot-v1", "MountainCar-v0"), {"teacher_ent_coef": 0.05})
 
 # Flags that must lie in a range, both ends included
 RANGES = {
     "total_timesteps": (1, 10**12), "teacher_timesteps": (1, 10**12), "num_envs": (1, 10**6), "num_steps": (1, 10**6),
-    "teacher_num_steps": (1, 10**6),
+    "teacher_num_steps": (1, 10**6), "teacher_num_envs": (1, 10**6),
     "num_minibatches": (1, 10**9), "update_epochs": (1, 10**6), "num_parts": (1, 10**6), "eval_episodes": (1, 10**6),
     "seed": (0, 10**9 - 1), "num_seeds": (1, 10**5), "teacher_noise_seed": (0, 10**9 - 1), "learning_rate": (0, 1e3),
     "gamma": (0, 1), "gae_lambda": (0, 1), "clip_coef": (0, 1), "ent_coef": (0, 1e6), "teacher_ent_coef": (0, 1e6),
@@ -253,7 +256,9 @@ def resolve(args: Args) -> Args:
     """Fills in the task's defaults; ends the program for flags that cannot work, before anything is written."""
     check_task(args.env_id)
     known = (MINATAR if is_grid(args.env_id) else STATES) | SPARSE.get(args.env_id, {})
-    known |= {"num_steps": 5} if args.method.endswith("distill") else {}
+    known |= {"teacher_num_envs": args.num_envs or known["num_envs"]}
+    if args.method.endswith("distill"):
+        known |= BASELINES
     args = dataclasses.replace(args, **{name: value for name, value in known.items() if getattr(args, name) is None})
     if args.total_timesteps is None:
         args = dataclasses.replace(args, total_timesteps=max(1, args.teacher_timesteps // 5))
@@ -1199,7 +1204,8 @@ def teacher_args(args: Args) -> Args:
     """The flags of the teachers' training: PPO is PPD with λ = 0 and no teacher."""
     return dataclasses.replace(
         args, method="ppd", student_size="same", student_hidden=None, distill_coef=(0.0,), distill_coef_final=None,
-        total_timesteps=args.teacher_timesteps, ent_coef=args.teacher_ent_coef, num_steps=args.teacher_num_steps)
+        total_timesteps=args.teacher_timesteps, ent_coef=args.teacher_ent_coef, num_envs=args.teacher_num_envs,
+        num_steps=args.teacher_num_steps)
 
 
 def finish(

@@ -191,35 +191,32 @@ def lambda_table(runs: pd.DataFrame, suite: str) -> str:
 # ======================================================================================================================
 
 
-def curves(
-    folder: Path, runs: pd.DataFrame, chosen: list[tuple[str, str, float | None]], name: str, title: str
-) -> bool:
-    """Draws the return while the students learn, a panel for each task; returns whether there was anything to draw.
+def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: str, title: str) -> bool:
+    """Draws the return while students learn, and as evaluated at the end; returns whether there was anything to draw.
 
-    chosen: label, pattern of the curves' files with {task}, and λ for files with several.
+    A panel for each task, a line for each value of the column that is among the labels. The curve of teacher-distill
+    would be its teacher's, which acts there, so only its end is drawn.
     """
-    tasks = [task for task in sorted(runs.task.unique())
-             if any(list((folder / "curves").glob(pattern.format(task=task))) for _, pattern, _ in chosen)]
-    if not tasks:
-        return False
+    tasks = sorted(runs.task.unique())
     columns = min(4, len(tasks))
-    lines = -(-len(tasks) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.9 * lines + 0.5), squeeze=False,
+    lines = -(-len(tasks) // columns) if tasks else 0
+    if not lines:
+        return False
+    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.9 * lines + 0.6), squeeze=False,
                                 layout="constrained")
     for axis, task in zip(axes.flat, tasks, strict=False):
-        for i, (label, pattern, coef) in enumerate(chosen):
-            found = [pd.read_csv(path) for path in sorted((folder / "curves").glob(pattern.format(task=task)))]
-            if not found:
-                continue
-            curve = pd.concat([x.assign(file=number) for number, x in enumerate(found)])
-            if "phase" in curve:
-                curve = curve[curve.phase == "student"]
-            if coef is not None and "distill_coef" in curve:
-                curve = curve[curve.distill_coef == coef]
-            by_step = curve.groupby("global_step")["charts/episodic_return"]
-            mean, spread = by_step.mean(), by_step.std().fillna(0.0)
-            axis.plot(mean.index, mean, label=label, color=f"C{i}")
-            axis.fill_between(mean.index, mean - spread, mean + spread, color=f"C{i}", alpha=0.2, linewidth=0)
+        for i, (value, label) in enumerate(labels.items()):
+            each = runs[(runs.task == task) & (runs[column] == value)]
+            found = [curve_of(folder, run) for _, run in each.iterrows() if run.method != "teacher-distill"]
+            if found:
+                by_step = pd.concat(found).dropna().groupby("global_step")["charts/episodic_return"]
+                mean, spread = by_step.mean(), by_step.std().fillna(0.0)
+                axis.plot(mean.index, mean, color=f"C{i}", label=label)
+                axis.fill_between(mean.index, mean - spread, mean + spread, color=f"C{i}", alpha=0.2, linewidth=0)
+            if len(each):
+                axis.errorbar(each.steps.max() * (1.04 + 0.03 * i), each.student_mean.mean(),
+                              each.student_mean.std() if len(each) > 1 else None, color=f"C{i}", marker="o", capsize=2,
+                              markersize=4, linestyle="none", label=f"{label}, evaluated")
         teachers = runs[runs.task == task].drop_duplicates("seed").teacher_mean
         axis.axhline(teachers.mean(), linestyle="--", color="black", linewidth=1, label="teacher, evaluated")
         axis.set(title=task, xlabel="environment steps", ylabel="episodic return")
@@ -229,31 +226,41 @@ def curves(
     handles = {}
     for axis in axes.flat:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=-(-len(handles) // 2))
     figure.suptitle(title)
     figure.savefig(folder / name, dpi=110)
     plt.close(figure)
     return True
 
 
+def curve_of(folder: Path, run: pd.Series) -> pd.DataFrame:
+    """The thinned learning curve of the student of a row."""
+    experiment = "methods" if run.experiment == "lambda" and run.distill_coef == 1 else run.experiment
+    first = run.seed if run.suite != "gymnax" else "*"
+    coef = f"__{run.distill_coef:g}" if experiment == "lambda" and run.suite != "gymnax" else ""
+    found = []
+    for path in (folder / "curves").glob(f"{experiment}__{run.task}__{run.method}__{run['size']}__{first}{coef}.csv"):
+        curve = pd.read_csv(path)
+        if run.suite == "gymnax":
+            curve = curve[(curve.phase == "student") & (curve.seed == run.seed)]
+            curve = curve[curve.distill_coef == run.distill_coef] if experiment == "lambda" else curve
+        found.append(curve[["global_step", "charts/episodic_return"]])
+    return pd.concat(found) if found else pd.DataFrame({"global_step": [], "charts/episodic_return": []})
+
+
 def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
     """All figures that the results allow; returns markdown that shows them."""
     shown = []
     for suite in (suite for suite in SUITES if suite in set(runs.suite)):
-        each = runs[runs.suite == suite]
-        wanted = [(name, f"methods__{{task}}__{name}__larger__*.csv", None) for name in METHODS]
-        number = CURVE_FIGURES.get(suite, 1)
-        title = f"{SUITES[suite]}: larger students while they learn, mean ± standard deviation over seeds"
-        if curves(folder, each[each.experiment == "methods"], wanted, f"figure{number}_{suite}.png", title):
-            shown.append(f"![{title}](figure{number}_{suite}.png)")
-        values = sorted(each[each.experiment == "lambda"].distill_coef.unique())
-        wanted = []
-        for x in values:
-            pattern = "lambda__{task}__ppd__larger__*" + ("" if suite == "gymnax" else f"__{x:g}") + ".csv"
-            wanted.append((f"λ = {x:g}", "methods__{task}__ppd__larger__*.csv" if x == 1 else pattern, x))
-        title = f"{SUITES[suite]}: larger students by PPD with several λ, mean ± standard deviation over seeds"
-        if curves(folder, each[each.experiment == "lambda"], wanted, f"figure2_{suite}.png", title):
-            shown.append(f"![{title}](figure2_{suite}.png)")
+        each = runs[(runs.suite == suite) & (runs["size"] == "larger")]
+        name, title = f"figure{CURVE_FIGURES.get(suite, 1)}_{suite}.png", f"{SUITES[suite]}: larger students"
+        if curves(folder, each[each.experiment == "methods"], "method", {x: x for x in METHODS}, name, title):
+            shown.append(f"![{title}, mean ± standard deviation over seeds]({name})")
+        studied, name = each[each.experiment == "lambda"], f"figure2_{suite}.png"
+        labels = {x: f"λ = {x:g}" for x in sorted(studied.distill_coef.unique())}
+        title = f"{SUITES[suite]}: larger students by PPD with several λ"
+        if curves(folder, studied, "distill_coef", labels, name, title):
+            shown.append(f"![{title}, mean ± standard deviation over seeds]({name})")
     return shown
 
 
