@@ -178,7 +178,8 @@ def test_a_run_leaves_what_it_promises(env_id, method, tmp_path, capsys):
     found = m.main(small(folder, env_id=env_id, method=method, teacher_noise_std=0.1, num_steps=16 if method == "ppd" else 5))
     files = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
     models = {f"{name}_{seed}.msgpack" for name in ("teacher", "student") for seed in (100, 101)}
-    assert files == models | {"args.json", "progress.csv", "checkpoint.msgpack", "results.json", "curves.png"}
+    assert files == models | {"args.json", "progress.csv", "checkpoint.msgpack", "checkpoint_previous.msgpack", "results.json",
+                              "curves.png"}
     table = rows(folder)
     students = [row for row in table if row["phase"] == "student"]
     assert {row["seed"] for row in students} == {"100", "101"}

@@ -51,12 +51,14 @@ def test_a_run_leaves_what_it_promises(m, env_id, tmp_path, teachers, capsys):
     numbers = m.main(small(m, env_id, tmp_path / "run", **flags_of(m, env_id, teachers), **logging))
     folder, role = tmp_path / "run", "teacher" if m is train_teacher else "student"
     files = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
-    assert files == {"args.json", "progress.csv", "checkpoint.msgpack", f"{role}.msgpack", "results.json"}
+    checkpoints = {"checkpoint.msgpack", "checkpoint_previous.msgpack"}
+    assert files == checkpoints | {"args.json", "progress.csv", f"{role}.msgpack", "results.json"}
     assert sum("tfevents" in path.name for path in folder.iterdir()) == 1
 
     table = rows(folder)
     assert [int(row["global_step"]) for row in table] == ([400, 800, 1000] if m in BASELINES else [64, 128, 192])
-    metrics = {"charts/episodic_return", "charts/SPS", "losses/value_loss", "losses/entropy", "losses/loss"}
+    metrics = {"charts/episodic_return", "charts/SPS", "losses/value_loss", "losses/entropy", "losses/loss", "losses/grad_norm",
+               "losses/param_norm"}
     metrics |= {"losses/teacher_kl"} if m is not train_teacher else set()
     metrics |= {"losses/policy_loss", "losses/approx_kl", "losses/clipfrac"} if m not in BASELINES else set()
     metrics |= {"losses/distill_loss"} if m.__name__.startswith("ppd") else set()
