@@ -205,7 +205,7 @@ MAX_LAYERS = 64
 
 def fail(message: str) -> NoReturn:
     """Ends the program for bad input: one line on stderr, exit code 2."""
-    print("error: " + "".join(c if c.isprintable() else " " for c in message), file=sys.stderr)
+    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
     raise SystemExit(2)
 
 
