@@ -195,9 +195,8 @@ def reader_of_checkpoints(m, env_id, teachers, gymnax_teacher, folder, make):
     return Reader("checkpoint", whole, read, folder / "run")
 
 
-MODELS = [(ppd_mujoco, "Hopper-v4"), (student_distill, "Hopper-v4"), (teacher_distill, "Pong-v5"), (ppd_atari, "Pong-v5"),
-          (ppd_procgen, "CoinrunEasy-v0"), (student_distill, "CoinrunEasy-v0"), (evaluate, "Hopper-v4"), (evaluate, "Pong-v5"),
-          (evaluate, "CartPole-v1"), (ppd_gymnax, "CartPole-v1")]
+MODELS = [(ppd_mujoco, "Hopper-v4"), (teacher_distill, "Hopper-v4"), (student_distill, "Pong-v5"), (ppd_atari, "Pong-v5"),
+          (ppd_procgen, "CoinrunEasy-v0"), (evaluate, "Hopper-v4"), (evaluate, "CartPole-v1"), (ppd_gymnax, "CartPole-v1")]
 RESUMED = [(train_teacher, "Hopper-v4"), (ppd_mujoco, "Hopper-v4"), (student_distill, "Hopper-v4"), (ppd_gymnax, "CartPole-v1")]
 READERS = [pytest.param(kind, m, env_id, id=f"{m.__name__}-{env_id}-{kind}", marks=[needs_procgen] if "Coin" in env_id else [])
            for kind, cases in (("model", MODELS), ("checkpoint", RESUMED)) for m, env_id in cases]

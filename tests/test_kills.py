@@ -19,7 +19,7 @@ folder, teacher, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 UPDATES, BATCH = 600, 4 * 4
 flags = dict(env_id="Hopper-v4", total_timesteps=UPDATES * BATCH, num_envs=4, num_steps=4, checkpoint_every=3, eval_episodes=2)
 flags |= dict(log_every=1) if "distill" in m.__name__ else {{}}
-flags |= dict(teacher=teacher, student_hidden=(8,)) if m.__name__ != "train_teacher" else dict(hidden=(8,))
+flags |= dict(teacher=teacher, student_hidden=(8,))
 rng, kills, resumed, found = random.Random(0), [], 0, []
 
 
@@ -165,7 +165,7 @@ def run(script, mode, folder, teacher):
     print(script, mode, found["kills"], found["updates"])
     assert {name for name in found["files"] if "tfevents" not in name} == {
         "args.json", "progress.csv", "checkpoint.msgpack", "checkpoint_previous.msgpack", "results.json",
-        "teacher.msgpack" if script == "train_teacher" else "student.msgpack"}
+        "student.msgpack"}
     assert found["updates"] == sorted(found["updates"], key=lambda x: -1 if x is None else x) and found["updates"][-1] == found["rows"]
     return found
 
@@ -175,7 +175,7 @@ def test_a_run_killed_at_twenty_random_moments(tiny_teacher, tmp_path):
     assert found["kills"] == [-9] * 20
 
 
-@pytest.mark.parametrize("script", ["ppd_mujoco", "student_distill", "train_teacher"])
+@pytest.mark.parametrize("script", ["ppd_mujoco", "student_distill"])
 def test_a_run_killed_inside_its_writes(script, tiny_teacher, tmp_path):
     found = run(script, "writes", tmp_path, tiny_teacher)
     assert found["kills"] == [-9] * (11 if script == "ppd_mujoco" else 4)
