@@ -446,7 +446,6 @@ def load_policy(path: str | Path) -> tuple[dict, Policy, Frozen]:
         images = kind in ("nature", "impala")
         x = jax.ShapeDtypeStruct(tuple(model["observation_shape"]), jnp.uint8 if images else jnp.float32)
         check_model(model, policy, x)
-        check_fit(path, model, policy)
         describe(model["evaluation"])
         frozen = Frozen(model["params"]["policy"], None if stats is None else Stats(**stats))
     except Exception as error:  # of many kinds, for content of any kind
@@ -457,7 +456,7 @@ def load_policy(path: str | Path) -> tuple[dict, Policy, Frozen]:
 def check_fit(path: str | Path, model: dict, policy: Policy) -> None:
     """Ends the program for a model that its task, which must be known, has not the observations or actions for."""
     env_id, kinds = model["env_id"], ("nature", "impala")
-    if model.get("library") == "gymnax":
+    if str(model.get("library")) == "gymnax":
         import gymnax
 
         if env_id not in gymnax.registered_envs or env_id == "MNISTBandit-bsuite":  # that one downloads its images
@@ -640,13 +639,14 @@ def main(args: Args) -> dict[str, float]:
     check(args)
     model, policy, frozen = load_policy(args.model)
     env_id, flags, network = model["env_id"], model["args"], policy.network
-    gymnax = model.get("library") == "gymnax"
+    gymnax = str(model.get("library")) == "gymnax"
+    if args.video and network.kind == "mlp" and not gymnax:
+        load_opengl()
+    check_fit(args.model, model, policy)
     variant = make_variant(args.model, flags)
     if gymnax:
         evaluation = assess_gymnax(policy, frozen, env_id, args.episodes or 100, args.seed)
     else:
-        if args.video and network.kind == "mlp":
-            load_opengl()
         episodes = args.episodes or (200 if suite_of(env_id) == "procgen" else 50)
         evaluation = assess(policy, frozen, env_id, episodes, args.seed, variant)
     numbers = {"mean": evaluation["mean"], "std": evaluation["std"], "min": min(evaluation["returns"]),

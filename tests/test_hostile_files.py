@@ -141,7 +141,8 @@ def reader_of_models(m, env_id, teachers, gymnax_teacher, folder):
 
     def read(path):
         if m is evaluate:
-            model, *_ = m.load_policy(path)
+            model, policy, _ = m.load_policy(path)
+            m.check_fit(path, model, policy)
             m.make_variant(path, model["args"])
         elif m is ppd_gymnax:
             m.load_teacher(m.resolve(m.Args(env_id=env_id, teacher=str(path))))
