@@ -46,6 +46,9 @@ class Network(NamedTuple):
     hidden: tuple[int, ...]
 
 
+MAX_LAYERS = 64
+
+
 @dataclass(frozen=True)
 class Args:
     """All flags of this script."""
@@ -66,7 +69,7 @@ class Args:
 
 def fail(message: str) -> NoReturn:
     """Ends the program for bad input: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -125,6 +128,16 @@ def suite_of(env_id: str) -> str:
     return known[env_id]
 
 
+def task_shape(env_id: str) -> tuple[list[int], int]:
+    """Shape of an observation, and the number of actions, or of their dimensions; makes no environment."""
+    try:
+        spec = import_envpool().make_spec(env_id)
+    except ImportError:
+        fail(f"{env_id} needs Qt, which envpool's Procgen draws with; on Debian: apt-get install libqt5gui5")
+    space = spec.gymnasium_action_space
+    return list(spec.gymnasium_observation_space.shape), int(space.shape[0] if space.shape else space.n)
+
+
 Split = Literal["training", "evaluation", "train_levels"]
 
 
@@ -134,6 +147,16 @@ class Variant(NamedTuple):
     frame_skip: int | None  # Atari
     start_level: int | None  # Procgen
     num_levels: int | None  # Procgen
+
+
+def make_variant(path: str, flags: dict) -> Variant:
+    """How a model's task is played, by the flags of its run; where they say nothing, as in the paper."""
+    known = {"frame_skip": (4, 1, 100), "start_level": (0, 0, 10**9), "num_levels": (200, 1, 10**9)}
+    values = {name: default if flags.get(name) is None else flags[name] for name, (default, *_) in known.items()}
+    for name, (_, low, high) in known.items():
+        if type(values[name]) is not int or not low <= values[name] <= high:
+            fail(f"{path} was trained with a {name} of {values[name]!r}, which cannot be")
+    return Variant(**values)
 
 
 def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
@@ -337,31 +360,75 @@ def act_sampled(policy: Policy, params: dict, key: jax.Array, observations: jax.
 FORMAT, VERSION = "proximal-policy-distillation", 2
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: a killed run leaves no half of it under this name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
+    """Writes a file whole or not at all: a killed run leaves no half of it under this name.
+
+    keep: the name under which the file that it replaces stays.
+    """
+    temporary = path.with_name(f".{path.name}.new")  # always the same, so what a killed run left of it goes, too
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, or a signal
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_tree(path: str | Path, kind: str) -> dict:
+    """Reads a file of save_tree; ValueError if it is missing, cut short, damaged or something else."""
+    wrong = f"{path} is no {kind} file of this project, or is cut short"
+    try:
+        envelope = serialization.msgpack_restore(Path(path).read_bytes())
+        names = ("format", "version", "kind", "sha256", "payload")
+        form, version, found, digest, payload = (envelope[name] for name in names)
+        if form == FORMAT and (version, found) != (VERSION, kind):
+            wrong = f"{path} is a {found!r:.20} file, version {version!r:.20}; needed is {kind!r}, version {VERSION}"
+        elif form == FORMAT and digest != hashlib.sha256(payload).hexdigest():
+            wrong = f"{path} is damaged: its checksum does not match"
+        elif form == FORMAT and isinstance(tree := serialization.msgpack_restore(payload), dict):
+            return tree
+    except OSError as error:
+        wrong = f"cannot read {path}: {error.strerror}"
+    except Exception:  # msgpack raises many kinds for bytes that are not its own
+        pass
+    raise ValueError(wrong)
 
 
 def load_tree(path: str | Path, kind: str) -> dict:
     """Reads a file of save_tree; ends the program if it is missing, cut short, damaged or something else."""
     try:
-        envelope = serialization.msgpack_restore(Path(path).read_bytes())
-        found = [envelope[name] for name in ("format", "version", "kind", "sha256", "payload")]
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    except Exception:  # msgpack raises many kinds for bytes that are not its own
-        fail(f"{path} is no {kind} file of this project, or is cut short")
-    if found[:3] != [FORMAT, VERSION, kind]:
-        fail(f"{path} is a {found[2]} file of {found[0]}, version {found[1]}; "
-             f"needed is a {kind} file, version {VERSION}")
-    if not isinstance(found[4], bytes) or found[3] != hashlib.sha256(found[4]).hexdigest():
-        fail(f"{path} is damaged: its checksum does not match")
-    return serialization.msgpack_restore(found[4])
+        return read_tree(path, kind)
+    except ValueError as error:
+        fail(str(error))
+
+
+def check_arrays(what: str, found: Any, expected: Any) -> None:
+    """Raises ValueError unless what a file holds is finite, and of these shapes and types."""
+    describe = partial(jax.tree.map, lambda x: (tuple(x.shape), np.dtype(x.dtype)))
+    if describe(found) != describe(expected):
+        raise ValueError(f"its {what} are not those of the network it describes")
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
+        raise ValueError(f"its {what} are not all finite")
+
+
+def check_model(model: dict, policy: nn.Module, x: jax.ShapeDtypeStruct) -> None:
+    """Raises an exception for a model file that does not hold what it says; x: the policy's input."""
+    about = {"env_id": str, "role": str, "command": str, "evaluation": dict, "args": dict}
+    if wrong := [name for name, kind in about.items() if not isinstance(model[name], kind)]:
+        raise TypeError(f"its {wrong[0]} is of another type")
+    if len(model["network"]["hidden"]) > MAX_LAYERS:
+        raise ValueError(f"it describes {len(model['network']['hidden'])} hidden layers")
+    check_arrays("parameters", model["params"]["policy"], jax.eval_shape(policy.init, jax.random.PRNGKey(0), x))
+    if (stats := model["obs_stats"]) is not None:
+        each, count = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x.shape, ()))
+        check_arrays("observation statistics", stats, {"mean": each, "var": each, "count": count})
+        if stats["var"].min() < 0:
+            raise ValueError("its observations have a negative variance")
 
 
 def load_policy(path: str | Path) -> tuple[dict, Policy, Frozen]:
@@ -369,24 +436,42 @@ def load_policy(path: str | Path) -> tuple[dict, Policy, Frozen]:
     model = load_tree(path, "model")
     try:
         kind, channels, hidden = (model["network"][name] for name in Network._fields)
-        network = Network(kind, tuple(map(int, channels)), tuple(map(int, hidden)))
         if kind not in ("mlp", "nature", "impala", "minatar"):
             raise ValueError(f"its network is of the kind {kind}")
+        network = Network(kind, tuple(map(int, channels)), tuple(map(int, hidden)))
         gaussian = "log_std" in model["params"]["policy"]["params"]
         policy, stats = Policy(network, int(model["action_dim"]), gaussian), model["obs_stats"]
-        frozen = Frozen(model["params"]["policy"], None if stats is None else Stats(**stats))
-        x = jnp.zeros(model["observation_shape"], jnp.uint8 if kind in ("nature", "impala") else jnp.float32)
-        expected = jax.eval_shape(policy.init, jax.random.PRNGKey(0), x)
-        if jax.tree.map(jnp.shape, expected) != jax.tree.map(jnp.shape, frozen.params):
-            raise ValueError("its parameters are not those of the network it describes")
-        if stats is not None and list(frozen.obs_stats.mean.shape) != list(model["observation_shape"]):
-            raise ValueError("its observation statistics are not those of its task")
         if (stats is None) != (kind != "mlp" or model["env_id"].endswith("-MinAtar")):
             raise ValueError("its observation statistics are not those of its task")
-        _ = [model[name] for name in ("env_id", "role", "command", "evaluation", "args")]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        images = kind in ("nature", "impala")
+        x = jax.ShapeDtypeStruct(tuple(model["observation_shape"]), jnp.uint8 if images else jnp.float32)
+        check_model(model, policy, x)
+        describe(model["evaluation"])
+        frozen = Frozen(model["params"]["policy"], None if stats is None else Stats(**stats))
+    except Exception as error:  # of many kinds, for content of any kind
         fail(f"{path} is no model of this project: {type(error).__name__} {error}")
     return model, policy, jax.tree.map(jnp.asarray, frozen)
+
+
+def check_fit(path: str | Path, model: dict, policy: Policy) -> None:
+    """Ends the program for a model that its task, which must be known, has not the observations or actions for."""
+    env_id, kinds = model["env_id"], ("nature", "impala")
+    if str(model.get("library")) == "gymnax":
+        import gymnax
+
+        if env_id not in gymnax.registered_envs or env_id == "MNISTBandit-bsuite":  # that one downloads its images
+            fail(f"unknown gymnax task {env_id} in {path}")
+        env, params = gymnax.make(env_id)
+        space, kinds = env.action_space(params), ("mlp", "minatar") if env_id.endswith("-MinAtar") else ("mlp",)
+        gaussian, size = bool(space.shape), int(np.prod(env.observation_space(params).shape))
+        needed = [size], int(np.prod(space.shape) if gaussian else space.n)
+    else:
+        gaussian = suite_of(env_id) == "mujoco"
+        kinds, needed = ("mlp",) if gaussian else kinds, task_shape(env_id)
+    found = list(model["observation_shape"]), policy.action_dim
+    if found != needed or policy.network.kind not in kinds or policy.gaussian != gaussian:
+        fail(f"{path} is a network of the kind {policy.network.kind} for observations and actions of {found}; "
+             f"those of {env_id} are {needed}")
 
 
 # ======================================================================================================================
@@ -530,12 +615,18 @@ def film_gymnax(
 
 
 def write_video(path: str, frames: list[np.ndarray], rate: float) -> None:
-    """Writes a .gif that repeats for ever, or an .mp4."""
-    if path.endswith(".gif"):
-        imageio.imwrite(path, frames, duration=1000.0 / rate, loop=0)
-    else:
-        with warnings.catch_warnings(action="ignore"):  # JAX warns of any fork, and this one starts ffmpeg
-            imageio.imwrite(path, frames, fps=rate, plugin="FFMPEG", macro_block_size=8)
+    """Writes a .gif that repeats for ever, or an .mp4; whole, or not at all."""
+    temporary = Path(path).with_name(f".new-{Path(path).name}")
+    try:
+        if path.endswith(".gif"):
+            imageio.imwrite(temporary, frames, duration=1000.0 / rate, loop=0)
+        else:
+            with warnings.catch_warnings(action="ignore"):  # JAX warns of any fork, and this one starts ffmpeg
+                imageio.imwrite(temporary, frames, fps=rate, plugin="FFMPEG", macro_block_size=8)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 # ======================================================================================================================
@@ -548,13 +639,14 @@ def main(args: Args) -> dict[str, float]:
     check(args)
     model, policy, frozen = load_policy(args.model)
     env_id, flags, network = model["env_id"], model["args"], policy.network
-    gymnax = model.get("library") == "gymnax"
-    variant = Variant(*(flags.get(name) for name in Variant._fields))
+    gymnax = str(model.get("library")) == "gymnax"
+    if args.video and network.kind == "mlp" and not gymnax:
+        load_opengl()
+    check_fit(args.model, model, policy)
+    variant = make_variant(args.model, flags)
     if gymnax:
         evaluation = assess_gymnax(policy, frozen, env_id, args.episodes or 100, args.seed)
     else:
-        if args.video and network.kind == "mlp":
-            load_opengl()
         episodes = args.episodes or (200 if suite_of(env_id) == "procgen" else 50)
         evaluation = assess(policy, frozen, env_id, episodes, args.seed, variant)
     numbers = {"mean": evaluation["mean"], "std": evaluation["std"], "min": min(evaluation["returns"]),
@@ -576,4 +668,9 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError as error:  # a full disk
+        fail(str(error))

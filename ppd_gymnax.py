@@ -21,18 +21,20 @@ import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import platform
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import distrax
 import flax
@@ -236,11 +238,12 @@ RANGES = {
     "gamma": (0, 1), "gae_lambda": (0, 1), "clip_coef": (0, 1), "ent_coef": (0, 1e6), "teacher_ent_coef": (0, 1e6),
     "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9), "distill_coef_final": (0, 1e6), "teacher_noise_std": (0, 1e6),
 }
+MAX_LAYERS = 64
 
 
 def fail(message: str) -> NoReturn:
     """Ends the program for bad input: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -274,8 +277,9 @@ def resolve(args: Args) -> Args:
         fail(f"--distill-coef weighs PPD's term; {args.method} has none")
     if args.cnn and not is_grid(args.env_id):
         fail(f"--cnn is for MinAtar; {args.env_id} has states")
-    if not args.network.hidden or min(args.network.hidden) < 1:
-        fail(f"hidden layers need a width of at least 1, not {args.network.hidden}")
+    hidden = args.network.hidden
+    if not 1 <= len(hidden) <= MAX_LAYERS or not all(1 <= width <= 65_536 for width in hidden):
+        fail(f"a network has 1 to {MAX_LAYERS} hidden layers of 1 to 65536 units, not {hidden}")
     learned = ([("", args)] if args.method == "ppd" else []) + [("teacher ", teacher_args(args))] * (not args.teacher)
     for whose, each in learned:
         if each.batch_size % each.num_minibatches or each.batch_size < 2 * each.num_minibatches:
@@ -661,7 +665,9 @@ def gradient_step(args: Args, loss_fn: Callable, params: dict, opt_state: optax.
     """Follows the gradient of loss_fn(params) once; returns parameters and optimiser state, and the loss's terms."""
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
     updates, opt_state = make_optimizer(args).update(grads, opt_state, params)
-    return (optax.apply_updates(params, updates), opt_state), metrics
+    params = optax.apply_updates(params, updates)
+    metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+    return (params, opt_state), metrics
 
 
 def learn_ppd(
@@ -796,16 +802,26 @@ def train(
 
 SCRIPT = Path(__file__).stem
 FORMAT, VERSION = "proximal-policy-distillation", 2
+CHECKPOINTS = ("checkpoint.msgpack", "checkpoint_previous.msgpack")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: a killed run leaves no half of it under this name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
+    """Writes a file whole or not at all: a killed run leaves no half of it under this name.
+
+    keep: the name under which the file that it replaces stays.
+    """
+    temporary = path.with_name(f".{path.name}.new")  # always the same, so what a killed run left of it goes, too
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, or a signal
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -813,28 +829,48 @@ def write_json(path: Path, content: dict) -> None:
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def save_tree(path: Path, kind: str, tree: dict) -> None:
+def save_tree(path: Path, kind: str, tree: dict, keep: Path | None = None) -> None:
     """Writes plain dicts, lists, strings, numbers and arrays as msgpack, in an envelope with their checksum."""
     payload = serialization.msgpack_serialize(jax.device_get(tree))
     envelope = {"format": FORMAT, "version": VERSION, "kind": kind, "sha256": hashlib.sha256(payload).hexdigest()}
-    write_atomic(path, serialization.msgpack_serialize(envelope | {"payload": payload}))
+    write_atomic(path, serialization.msgpack_serialize(envelope | {"payload": payload}), keep)
+
+
+def read_tree(path: str | Path, kind: str) -> dict:
+    """Reads a file of save_tree; ValueError if it is missing, cut short, damaged or something else."""
+    wrong = f"{path} is no {kind} file of this project, or is cut short"
+    try:
+        envelope = serialization.msgpack_restore(Path(path).read_bytes())
+        names = ("format", "version", "kind", "sha256", "payload")
+        form, version, found, digest, payload = (envelope[name] for name in names)
+        if form == FORMAT and (version, found) != (VERSION, kind):
+            wrong = f"{path} is a {found!r:.20} file, version {version!r:.20}; needed is {kind!r}, version {VERSION}"
+        elif form == FORMAT and digest != hashlib.sha256(payload).hexdigest():
+            wrong = f"{path} is damaged: its checksum does not match"
+        elif form == FORMAT and isinstance(tree := serialization.msgpack_restore(payload), dict):
+            return tree
+    except OSError as error:
+        wrong = f"cannot read {path}: {error.strerror}"
+    except Exception:  # msgpack raises many kinds for bytes that are not its own
+        pass
+    raise ValueError(wrong)
 
 
 def load_tree(path: str | Path, kind: str) -> dict:
     """Reads a file of save_tree; ends the program if it is missing, cut short, damaged or something else."""
     try:
-        envelope = serialization.msgpack_restore(Path(path).read_bytes())
-        found = [envelope[name] for name in ("format", "version", "kind", "sha256", "payload")]
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    except Exception:  # msgpack raises many kinds for bytes that are not its own
-        fail(f"{path} is no {kind} file of this project, or is cut short")
-    if found[:3] != [FORMAT, VERSION, kind]:
-        fail(f"{path} is a {found[2]} file of {found[0]}, version {found[1]}; "
-             f"needed is a {kind} file, version {VERSION}")
-    if not isinstance(found[4], bytes) or found[3] != hashlib.sha256(found[4]).hexdigest():
-        fail(f"{path} is damaged: its checksum does not match")
-    return serialization.msgpack_restore(found[4])
+        return read_tree(path, kind)
+    except ValueError as error:
+        fail(str(error))
+
+
+def check_arrays(what: str, found: Any, expected: Any) -> None:
+    """Raises ValueError unless what a file holds is finite, and of these shapes and types."""
+    describe = partial(jax.tree.map, lambda x: (tuple(x.shape), np.dtype(x.dtype)))
+    if describe(found) != describe(expected):
+        raise ValueError(f"its {what} are not those of the network it describes")
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
+        raise ValueError(f"its {what} are not all finite")
 
 
 def as_frozen(tree: dict) -> Frozen:
@@ -883,17 +919,18 @@ def load_teacher(args: Args, path: str) -> tuple[Networks, Frozen]:
     try:
         kind, channels, hidden = (model["network"][name] for name in Network._fields)
         network = Network(kind, tuple(map(int, channels)), tuple(map(int, hidden)))
-        networks, frozen = make_networks(args.env_id, network), as_frozen(model)
         if model["env_id"] != args.env_id:
             raise ValueError(f"its task is {model['env_id']}")
-        for name in ("policy", "value"):
-            init, x = getattr(networks, name).init, jnp.zeros(observation_dim(args.env_id))
-            if jax.tree.map(jnp.shape, jax.eval_shape(init, jax.random.PRNGKey(0), x)) != jax.tree.map(
-                    jnp.shape, frozen.params[name]):
-                raise ValueError(f"its {name} is not the network it describes")
-        if (frozen.obs_stats is None) != is_grid(args.env_id):
-            raise ValueError("its observation statistics are not those of its task")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if kind not in ("mlp", "minatar") or len(channels) + len(hidden) > MAX_LAYERS:
+            raise ValueError(f"its network is of the kind {kind}, with {len(channels) + len(hidden)} layers")
+        networks = make_networks(args.env_id, network)
+        x = jax.ShapeDtypeStruct((observation_dim(args.env_id),), jnp.float32)
+        stats = None if is_grid(args.env_id) else Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32))
+        shapes = {name: jax.eval_shape(getattr(networks, name).init, jax.random.PRNGKey(0), x)
+                  for name in ("policy", "value")}
+        frozen = as_frozen(model)
+        check_arrays("parameters", frozen, Frozen(shapes, stats))
+    except Exception as error:  # of many kinds, for content of any kind
         fail(f"{path} is no teacher of {args.env_id}: {type(error).__name__} {error}")
     return networks, frozen
 
@@ -926,18 +963,23 @@ def versions() -> dict[str, str]:
 
 
 def check_finite(metrics: dict[str, np.ndarray], place: str, folder: Path) -> None:
-    """Ends the run when a loss [R] is NaN or infinite; the last checkpoint stays as it was."""
+    """Ends the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
     bad = [name for name, values in metrics.items() if name.startswith("losses/") and not np.isfinite(values).all()]
     if bad:
-        path = folder / "checkpoint.msgpack"
-        rest = f"the last good state is {path}" if path.exists() else "it came before the first checkpoint"
-        raise SystemExit(f"error: {place} gave {bad[0]} = {metrics[bad[0]]}; {rest}")
+        last = folder / CHECKPOINTS[0]
+        raise SystemExit(f"error: {place} gave {bad[0]} = {metrics[bad[0]]}; the last good state is {last}")
+
+
+def stop(folder: Path, number: int) -> NoReturn:
+    """Ends the program for the signal of this number."""
+    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 # Of progress.csv; a teacher's training has no distillation losses, the baselines no PPO's, and their cells stay empty
 COLUMNS = ["phase", "seed", "distill_coef", "global_step", "seconds", "charts/SPS", "charts/episodic_return"] + [
     f"losses/{name}" for name in ("loss", "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac",
-                                  "distill_loss", "teacher_kl")]
+                                  "distill_loss", "teacher_kl", "grad_norm", "param_norm")]
 
 
 class Log:
@@ -947,7 +989,8 @@ class Log:
         """num_rows: how many rows to keep; those after them, of updates that are made again, are dropped."""
         path = folder / "progress.csv"
         if path.exists():
-            write_atomic(path, b"".join(path.read_bytes().splitlines(keepends=True)[: num_rows + 1]))
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # whole ones
+            write_atomic(path, b"".join(lines[: num_rows + 1]))
         if args.track:
             import wandb
 
@@ -975,15 +1018,27 @@ class Log:
         self.tensorboard.close()
 
 
+def wait(arrays: Any) -> Any:
+    """Waits for what is being computed where signals are seen, which they are not within XLA."""
+    while not all(x.is_ready() for x in jax.tree.leaves(arrays)):
+        time.sleep(0.005)
+    return arrays
+
+
 @contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM, so that the update under way can end; a second ends the program at once."""
+def catch_signals(act: Callable[[int], None] | None = None) -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM, so that the update under way can end; a second ends the program at once.
+
+    act: called with the number of the first one, where there is nothing to wait for.
+    """
     caught: list[int] = []
 
     def catch(number: int, frame: Any) -> None:
         caught.append(number)
         for each in previous:
             signal.signal(each, signal.SIG_DFL)
+        if act is not None:
+            act(number)
 
     previous = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1034,7 +1089,7 @@ def assess(args: Args, policy: Policy, players: Frozen) -> dict[str, Any]:
     """
     indices = fill_devices(args.num_seeds)
     keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(args.seed + i), 2) for i in indices])
-    returns = evaluate(args, policy, jax.tree.map(lambda x: x[indices], players), keys)
+    returns = wait(evaluate(args, policy, jax.tree.map(lambda x: x[indices], players), keys))
     returns = np.asarray(returns)[:args.num_seeds]
     means = returns.mean(1)
     interval = None  # one seed has none
@@ -1071,7 +1126,9 @@ def plot(folder: Path, args: Args, results: dict[str, Any]) -> None:
     axes.set(xlabel="environment steps of each seed", ylabel="episodic return",
              title=f"{args.env_id}: {args.method}{student}, {args.num_seeds} seeds")
     axes.legend()
-    figure.savefig(folder / "curves.png", dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    write_atomic(folder / "curves.png", image.getvalue())
     plt.close(figure)
 
 
@@ -1105,18 +1162,76 @@ def choose_device(device: str) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a flag's type."""
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in options
+    if get_origin(kind) is tuple:
+        alike = isinstance(value, tuple) and all(fits(x, options[0]) for x in value)
+        return alike and (options[-1] is ... or len(value) == len(options))
+    if options:
+        return any(fits(value, option) for option in options)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def change_args(args: Args, flags: dict) -> Args:
+    """The flags with those that a file holds; raises an exception for one that is unknown or of another type."""
+    args = dataclasses.replace(args, **{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
+    for field in dataclasses.fields(args):
+        if not fits(getattr(args, field.name), field.type):
+            raise TypeError(f"{field.name} is {getattr(args, field.name)!r}")
+    return args
+
+
 def restore(args: Args) -> tuple[Args, dict | None]:
-    """With --resume: the flags and the checkpoint of that run, wherever its folder has moved to."""
+    """With --resume: the flags and the newest whole checkpoint of that run, wherever its folder has moved to."""
     if args.resume is None:
         return args, None
-    saved = load_tree(Path(args.resume, "checkpoint.msgpack"), "checkpoint")
+    newest, previous = (Path(args.resume, name) for name in CHECKPOINTS)
+    try:
+        saved = read_tree(newest, "checkpoint")
+    except ValueError as error:
+        if not previous.exists():
+            fail(str(error))
+        saved = load_tree(previous, "checkpoint")
+        print(f"{error}; going on from {previous}", file=sys.stderr)
     if saved.get("script") != SCRIPT:
         fail(f"{args.resume} is a run of {saved.get('script')}.py; go on with that script")
-    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
     try:
-        return dataclasses.replace(Args(**flags), resume=args.resume, device=args.device), saved
-    except TypeError as error:
-        fail(f"{args.resume} was made by another version of {SCRIPT}.py ({error})")
+        if type(saved["updates"]) is not int or saved["updates"] < 0:
+            raise TypeError(f"updates is {saved['updates']!r}")
+        return change_args(Args(), saved["args"] | {"resume": args.resume, "device": args.device}), saved
+    except Exception as error:  # as in load_policy
+        fail(f"{args.resume} was made by another version of {SCRIPT}.py ({type(error).__name__} {error})")
+
+
+def check_saved(args: Args, saved: dict, teacher_networks: Networks, given: Frozen | None) -> None:
+    """Ends the program for a checkpoint that is none of this run, or whose teacher is not the one that is given now."""
+    learns = saved.get("phase") == "student"
+
+    def check(what, tree, args, networks, size):
+        whole = jax.eval_shape(partial(init_state, args, networks), 0)
+        expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), whole)
+        if what == "teacher":
+            expected = Frozen(expected.params, expected.obs_stats)
+        check_arrays(what, serialization.from_state_dict(expected, tree), expected)
+
+    try:
+        counts = saved["updates"], saved["num_rows"], *map(float, saved["timing"].values())
+        if saved["phase"] not in ("teacher", "student") or min(counts) < 0 or type(saved["num_rows"]) is not int:
+            raise ValueError(f"{saved['phase']!r}, {counts}")
+        if learns:
+            networks, size = make_networks(args.env_id, args.network, teacher_networks), len(args.distill_coef)
+            check("arrays", saved["state"], args, networks, size * args.num_seeds)
+            check("teacher", saved["teacher"], teacher_args(args), teacher_networks, args.num_seeds)
+        else:
+            check("arrays", saved["state"], teacher_args(args), teacher_networks, args.num_seeds)
+        known = as_frozen(saved["teacher"]) if learns else given
+    except Exception as error:  # as in load_teacher
+        fail(f"{args.resume} holds no state of this run: {type(error).__name__} {error}")
+    if given is not None and not jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), known, given)):
+        fail(f"the teacher is not the one that {args.resume} began with; put its file back, or begin another run")
 
 
 def make_folder(args: Args) -> Path:
@@ -1155,7 +1270,8 @@ def fit(
         state = state._replace(obs_stats=teacher.obs_stats)
     first, state = 0, jax.tree.map(lambda x: np.asarray(x)[[i for _, i in runs]], state)
     if saved and saved["phase"] == phase:
-        first, state = saved["part"], serialization.from_state_dict(state, saved["state"])
+        first = saved["updates"] // args.updates_per_part
+        state = serialization.from_state_dict(state, saved["state"])
     filled = fill_devices(len(runs))
     made = [runs[i] for i in filled]
     teachers = jax.tree.map(lambda x: np.asarray(x)[[i for _, i in made]], teacher)
@@ -1166,6 +1282,17 @@ def fit(
     part_steps = updates * args.batch_size
     began = compiled = time.time()
     before = timing["seconds"]
+
+    def save(part: int) -> None:
+        """Saves all that --resume needs after this part, and keeps the checkpoint before."""
+        os.fsync(log.file.fileno())  # rows are on the disk before a checkpoint counts on them
+        save_tree(folder / CHECKPOINTS[0], "checkpoint", {
+            "script": SCRIPT, "args": flags, "phase": phase, "updates": part * updates, "num_rows": log.num_rows,
+            "state": serialization.to_state_dict(jax.tree.map(lambda x: np.asarray(x)[: len(runs)], state)),
+            "teacher": serialization.to_state_dict(original), "timing": timing}, keep=folder / CHECKPOINTS[1])
+
+    if log.num_rows == 0:
+        save(0)
     bar = tqdm(total=args.parts * part_steps * len(runs), initial=first * part_steps * len(runs), unit=" steps",
                desc=f"{args.env_id} {phase}", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with bar, catch_signals() as signals:
@@ -1173,7 +1300,8 @@ def fit(
             fractions = np.arange((part - 1) * updates, part * updates) / max(1, args.parts * updates - 1)
             distill_coefs = np.stack([distill_coef_at(args, distill_coef, fractions) for distill_coef, _ in made])
             state, metrics = train(args, networks, teachers, state, jnp.asarray(distill_coefs, jnp.float32))
-            metrics = jax.device_get(metrics)
+            metrics = jax.device_get(wait(metrics))
+            last = bool(signals)
             check_finite(metrics, f"updates {(part - 1) * updates + 1} to {part * updates} of the {phase}", folder)
 
             now = time.time()
@@ -1189,14 +1317,10 @@ def fit(
                 log.write(about, {name: float(values[run]) for name, values in metrics.items()})
             bar.set_postfix_str(f"return {metrics['charts/episodic_return'].mean():.1f}", refresh=False)
             bar.update(part_steps * len(runs))
-            save_tree(folder / "checkpoint.msgpack", "checkpoint", {
-                "script": SCRIPT, "args": flags, "phase": phase, "part": part, "num_rows": log.num_rows,
-                "state": serialization.to_state_dict(jax.tree.map(lambda x: np.asarray(x)[: len(runs)], state)),
-                "teacher": serialization.to_state_dict(original), "timing": timing})
-            if signals:
+            save(part)
+            if last:
                 log.close()
-                print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-                raise SystemExit(128 + signals[0])
+                stop(folder, signals[0])
     return jax.tree.map(lambda x: np.asarray(x)[: len(runs)], state)
 
 
@@ -1249,19 +1373,18 @@ def main(args: Args) -> dict[str, float]:
     args, saved = restore(args)
     args = resolve(args)
     given = load_teachers(args)
+    teacher_networks, teacher = given or (make_networks(args.env_id, teacher_args(args).network), None)
+    if saved:
+        check_saved(args, saved, teacher_networks, teacher)
     folder = make_folder(args)
     log = Log(folder, args, saved["num_rows"] if saved else 0)
     timing = saved["timing"] if saved else {"seconds": 0.0}
 
-    if given is not None:
-        teacher_networks, teacher = given
-    else:
-        teacher_networks = make_networks(args.env_id, teacher_args(args).network)
-        if saved and saved["phase"] == "student":
-            teacher = as_frozen(saved["teacher"])
-        else:
-            state = fit(args, teacher_networks, None, None, saved, folder, log, timing)
-            teacher = Frozen(state.params, state.obs_stats)
+    if teacher is None and saved and saved["phase"] == "student":
+        teacher = as_frozen(saved["teacher"])
+    elif teacher is None:
+        state = fit(args, teacher_networks, None, None, saved, folder, log, timing)
+        teacher = Frozen(state.params, state.obs_stats)
     players = {"teacher": teacher}
     if args.teacher_noise_std:
         policies = [corrupt(jax.tree.map(lambda x, i=i: x[i], teacher.params["policy"]), args.teacher_noise_std,
@@ -1272,9 +1395,29 @@ def main(args: Args) -> dict[str, float]:
         taught = players.get("corrupted_teacher", teacher)
         state = fit(args, networks, taught, teacher, saved, folder, log, timing)
         students = Frozen(state.params, state.obs_stats)
-    log.close()
-    return finish(args, networks, players, students, folder, timing)
+    with catch_signals(partial(stop, folder)):
+        log.close()
+        return finish(args, networks, players, students, folder, timing)
+
+
+def program() -> None:
+    """The command line's program: a file that cannot be written ends it in one line, with exit code 1.
+
+    It ends there and then, since what Python would still write at its exit would fail as well.
+    """
+
+    def give_up(error: BaseException) -> NoReturn:
+        print(f"error: {error}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.excepthook = lambda failure: give_up(failure.exc_value)  # a thread writes TensorBoard's events
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:  # before training
+        raise SystemExit(130) from None
+    except OSError as error:
+        give_up(error)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    program()

@@ -22,6 +22,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import distrax
 import flax
@@ -199,11 +200,12 @@ RANGES = {
     "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
     "frame_skip": (1, 100), "start_level": (0, 10**9), "num_levels": (1, 10**9),
 }
+MAX_LAYERS = 64
 
 
 def fail(message: str) -> NoReturn:
     """Ends the program for bad input: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -226,8 +228,9 @@ def resolve(args: Args) -> Args:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     if suite == "mujoco" and args.channels is not None:
         fail(f"--channels is for networks of images; {args.env_id} has states")
-    if not args.network.hidden or min(args.network.channels + args.network.hidden) < 1:
-        fail(f"layers need a width of at least 1, not {args.network.channels} and {args.network.hidden}")
+    layers = args.network.channels + args.network.hidden
+    if not 1 <= len(args.network.hidden) <= MAX_LAYERS or not all(1 <= width <= 65_536 for width in layers):
+        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, and all of 1 to 65536 units, not {layers}")
     if args.num_minibatches is None:
         divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
         args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
@@ -754,7 +757,9 @@ def train_minibatch(
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
     updates, opt_state = make_optimizer(args).update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, metrics
+    params = optax.apply_updates(params, updates)
+    metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+    return params, opt_state, metrics
 
 
 def update(
@@ -779,16 +784,26 @@ def update(
 
 SCRIPT = Path(__file__).stem
 FORMAT, VERSION = "proximal-policy-distillation", 2
+CHECKPOINTS = ("checkpoint.msgpack", "checkpoint_previous.msgpack")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: a killed run leaves no half of it under this name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
+    """Writes a file whole or not at all: a killed run leaves no half of it under this name.
+
+    keep: the name under which the file that it replaces stays.
+    """
+    temporary = path.with_name(f".{path.name}.new")  # always the same, so what a killed run left of it goes, too
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, or a signal
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -796,28 +811,48 @@ def write_json(path: Path, content: dict) -> None:
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def save_tree(path: Path, kind: str, tree: dict) -> None:
+def save_tree(path: Path, kind: str, tree: dict, keep: Path | None = None) -> None:
     """Writes plain dicts, lists, strings, numbers and arrays as msgpack, in an envelope with their checksum."""
     payload = serialization.msgpack_serialize(jax.device_get(tree))
     envelope = {"format": FORMAT, "version": VERSION, "kind": kind, "sha256": hashlib.sha256(payload).hexdigest()}
-    write_atomic(path, serialization.msgpack_serialize(envelope | {"payload": payload}))
+    write_atomic(path, serialization.msgpack_serialize(envelope | {"payload": payload}), keep)
+
+
+def read_tree(path: str | Path, kind: str) -> dict:
+    """Reads a file of save_tree; ValueError if it is missing, cut short, damaged or something else."""
+    wrong = f"{path} is no {kind} file of this project, or is cut short"
+    try:
+        envelope = serialization.msgpack_restore(Path(path).read_bytes())
+        names = ("format", "version", "kind", "sha256", "payload")
+        form, version, found, digest, payload = (envelope[name] for name in names)
+        if form == FORMAT and (version, found) != (VERSION, kind):
+            wrong = f"{path} is a {found!r:.20} file, version {version!r:.20}; needed is {kind!r}, version {VERSION}"
+        elif form == FORMAT and digest != hashlib.sha256(payload).hexdigest():
+            wrong = f"{path} is damaged: its checksum does not match"
+        elif form == FORMAT and isinstance(tree := serialization.msgpack_restore(payload), dict):
+            return tree
+    except OSError as error:
+        wrong = f"cannot read {path}: {error.strerror}"
+    except Exception:  # msgpack raises many kinds for bytes that are not its own
+        pass
+    raise ValueError(wrong)
 
 
 def load_tree(path: str | Path, kind: str) -> dict:
     """Reads a file of save_tree; ends the program if it is missing, cut short, damaged or something else."""
     try:
-        envelope = serialization.msgpack_restore(Path(path).read_bytes())
-        found = [envelope[name] for name in ("format", "version", "kind", "sha256", "payload")]
-    except OSError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    except Exception:  # msgpack raises many kinds for bytes that are not its own
-        fail(f"{path} is no {kind} file of this project, or is cut short")
-    if found[:3] != [FORMAT, VERSION, kind]:
-        fail(f"{path} is a {found[2]} file of {found[0]}, version {found[1]}; "
-             f"needed is a {kind} file, version {VERSION}")
-    if not isinstance(found[4], bytes) or found[3] != hashlib.sha256(found[4]).hexdigest():
-        fail(f"{path} is damaged: its checksum does not match")
-    return serialization.msgpack_restore(found[4])
+        return read_tree(path, kind)
+    except ValueError as error:
+        fail(str(error))
+
+
+def check_arrays(what: str, found: Any, expected: Any) -> None:
+    """Raises ValueError unless what a file holds is finite, and of these shapes and types."""
+    describe = partial(jax.tree.map, lambda x: (tuple(x.shape), np.dtype(x.dtype)))
+    if describe(found) != describe(expected):
+        raise ValueError(f"its {what} are not those of the network it describes")
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
+        raise ValueError(f"its {what} are not all finite")
 
 
 def plain_args(args: Args) -> dict:
@@ -843,21 +878,30 @@ def versions() -> dict[str, str]:
 
 
 def save_checkpoint(
-    folder: Path, args: Args, updates: int, state: TrainState, cursor: Cursor, timing: dict[str, float]
+    folder: Path, args: Args, updates: int, state: TrainState, cursor: Cursor, timing: dict[str, float], log: "Log",
+    teacher: str | None,
 ) -> None:
-    """Saves all that --resume needs after this many updates; the simulator's own state cannot be saved."""
-    save_tree(folder / "checkpoint.msgpack", "checkpoint", {
+    """Saves all that --resume needs after this many updates, and keeps the checkpoint before.
+
+    The simulator's own state cannot be saved. teacher: its fingerprint, where there is one.
+    """
+    os.fsync(log.file.fileno())  # rows are on the disk before a checkpoint counts on them
+    save_tree(folder / CHECKPOINTS[0], "checkpoint", {
         "script": SCRIPT, "args": plain_args(args), "updates": updates, "state": serialization.to_state_dict(state),
-        "finished": list(cursor.finished), "timing": timing})
+        "finished": list(cursor.finished), "timing": timing, "teacher": teacher}, keep=folder / CHECKPOINTS[1])
 
 
 def check_finite(metrics: dict[str, float], number: int, folder: Path) -> None:
-    """Ends the run when a metric is NaN or infinite; the last checkpoint stays as it was."""
+    """Ends the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
     bad = [f"{name} = {value}" for name, value in metrics.items() if not np.isfinite(value)]
     if bad:
-        path = folder / "checkpoint.msgpack"
-        rest = f"the last good state is {path}" if path.exists() else "it came before the first checkpoint"
-        raise SystemExit(f"error: update {number} gave {bad[0]}; {rest}")
+        raise SystemExit(f"error: update {number} gave {bad[0]}; the last good state is {folder / CHECKPOINTS[0]}")
+
+
+def stop(folder: Path, number: int) -> NoReturn:
+    """Ends the program for the signal of this number."""
+    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def progress_bar(args: Args, first: int) -> tqdm:
@@ -873,16 +917,18 @@ class Log:
     def __init__(self, folder: Path, args: Args, first_step: int):
         """first_step: where the run goes on; rows after it, of updates that are made again, are dropped."""
         path = folder / "progress.csv"
-        if first_step and path.exists():
-            header, *rows = path.read_bytes().splitlines(keepends=True) or [b""]
-            write_atomic(path, b"".join([header] + [row for row in rows if int(row.split(b",")[0]) <= first_step]))
+        if path.exists():
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # whole ones
+            steps = [line.split(b",")[0] for line in lines]
+            kept = [line for line, n in zip(lines, steps, strict=True) if not n.isdigit() or int(n) <= first_step]
+            write_atomic(path, b"".join(kept))
         if args.track:
             import wandb
 
             wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=folder.name, resume="allow",
                        config=plain_args(args), sync_tensorboard=True)
         self.file = open(path, "a", newline="", buffering=1)
-        self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if args.resume else None)
 
     def write(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
         """Logs the metrics of the update that ended at this environment step."""
@@ -902,14 +948,19 @@ class Log:
 
 
 @contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM, so that the update under way can end; a second ends the program at once."""
+def catch_signals(act: Callable[[int], None] | None = None) -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM, so that the update under way can end; a second ends the program at once.
+
+    act: called with the number of the first one, where there is nothing to wait for.
+    """
     caught: list[int] = []
 
     def catch(number: int, frame: Any) -> None:
         caught.append(number)
         for each in previous:
             signal.signal(each, signal.SIG_DFL)
+        if act is not None:
+            act(number)
 
     previous = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -981,18 +1032,67 @@ def choose_device(device: str) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a flag's type."""
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in options
+    if get_origin(kind) is tuple:
+        alike = isinstance(value, tuple) and all(fits(x, options[0]) for x in value)
+        return alike and (options[-1] is ... or len(value) == len(options))
+    if options:
+        return any(fits(value, option) for option in options)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def change_args(args: Args, flags: dict) -> Args:
+    """The flags with those that a file holds; raises an exception for one that is unknown or of another type."""
+    args = dataclasses.replace(args, **{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
+    for field in dataclasses.fields(args):
+        if not fits(getattr(args, field.name), field.type):
+            raise TypeError(f"{field.name} is {getattr(args, field.name)!r}")
+    return args
+
+
 def restore(args: Args) -> tuple[Args, dict | None]:
-    """With --resume: the flags and the checkpoint of that run, wherever its folder has moved to."""
+    """With --resume: the flags and the newest whole checkpoint of that run, wherever its folder has moved to."""
     if args.resume is None:
         return args, None
-    saved = load_tree(Path(args.resume, "checkpoint.msgpack"), "checkpoint")
+    newest, previous = (Path(args.resume, name) for name in CHECKPOINTS)
+    try:
+        saved = read_tree(newest, "checkpoint")
+    except ValueError as error:
+        if not previous.exists():
+            fail(str(error))
+        saved = load_tree(previous, "checkpoint")
+        print(f"{error}; going on from {previous}", file=sys.stderr)
     if saved.get("script") != SCRIPT:
         fail(f"{args.resume} is a run of {saved.get('script')}.py; go on with that script")
-    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
     try:
-        return dataclasses.replace(Args(**flags), resume=args.resume, device=args.device), saved
-    except TypeError as error:
-        fail(f"{args.resume} was made by another version of {SCRIPT}.py ({error})")
+        if type(saved["updates"]) is not int or saved["updates"] < 0:
+            raise TypeError(f"updates is {saved['updates']!r}")
+        return change_args(Args(), saved["args"] | {"resume": args.resume, "device": args.device}), saved
+    except Exception as error:  # as in load_policy
+        fail(f"{args.resume} was made by another version of {SCRIPT}.py ({type(error).__name__} {error})")
+
+
+def restore_state(args: Args, saved: dict, state: TrainState, cursor: Cursor, teacher: str | None) -> TrainState:
+    """What a checkpoint has in place of a fresh state and of no returns; ends the program if that is of another run.
+
+    teacher: the fingerprint of this run's, where there is one.
+    """
+    try:
+        found = serialization.from_state_dict(state, saved["state"])
+        check_arrays("arrays", found, state)
+        cursor.finished.extend(map(float, saved["finished"]))
+        timing, known = saved["timing"], saved["teacher"]
+        if saved["updates"] > args.num_updates or not all(fits(timing[name], float) for name in ("SPS", "seconds")):
+            raise ValueError(f"update {saved['updates']} of {args.num_updates}, {timing}")
+    except Exception as error:  # as in load_policy
+        fail(f"{args.resume} holds no state of this run: {type(error).__name__} {error}")
+    if known != teacher:
+        fail(f"the teacher is not the one that {args.resume} began with; put its file back, or begin another run")
+    return jax.tree.map(jnp.array, found)
 
 
 def make_folder(args: Args) -> Path:
@@ -1044,7 +1144,7 @@ def main(args: Args) -> dict[str, float]:
     args, saved = restore(args)
     args = resolve(args)
     first = saved["updates"] if saved else 0
-    seed = args.seed + first * args.num_envs  # going on, it plays new games
+    seed = (args.seed + first * args.num_envs) % EVAL_SEED  # going on, it plays new games
     envs = make_envs(args.env_id, args.num_envs, seed, "training", args.variant)
     states, shape = args.network.kind == "mlp", envs.observation_space.shape
     action_dim = envs.action_space.shape[0] if states else int(envs.action_space.n)
@@ -1052,15 +1152,16 @@ def main(args: Args) -> dict[str, float]:
     act = act_on_states if states else act_on_images
     state, cursor = init_state(args, networks, shape), start(envs)
     if saved:
-        state = jax.tree.map(jnp.array, serialization.from_state_dict(state, saved["state"]))
+        state = restore_state(args, saved, state, cursor, None)
         state = state._replace(discounted=jnp.zeros(args.num_envs))  # its episodes are gone with the simulator
-        cursor.finished.extend(saved["finished"])
 
     folder = make_folder(args)
     log = Log(folder, args, first * args.batch_size)
     timing = saved["timing"] if saved else {"SPS": 0.0, "seconds": 0.0}
     began = compiled = time.time()
     before = timing["seconds"]
+    if not saved:
+        save_checkpoint(folder, args, 0, state, cursor, timing, log, None)
     with progress_bar(args, first) as bar, catch_signals() as signals:
         for number in range(first + 1, args.num_updates + 1):
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, action_dim), states)
@@ -1080,16 +1181,35 @@ def main(args: Args) -> dict[str, float]:
             log.write(steps, timing["seconds"], charts | metrics)
             bar.set_postfix_str(f"return {episodic_return:.0f}", refresh=False)
             bar.update(args.batch_size)
-            if number % args.checkpoint_every == 0 or number == args.num_updates or signals:
-                save_checkpoint(folder, args, number, state, cursor, timing)
-            if signals:
+            if (last := number == args.num_updates or bool(signals)) or number % args.checkpoint_every == 0:
+                save_checkpoint(folder, args, number, state, cursor, timing, log, None)
+            if last and signals:
                 log.close()
-                print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-                raise SystemExit(128 + signals[0])
-    log.close()
-    envs.close()
-    return finish(args, networks, state, shape, folder, timing)
+                stop(folder, signals[0])
+    with catch_signals(partial(stop, folder)):
+        log.close()
+        envs.close()
+        return finish(args, networks, state, shape, folder, timing)
+
+
+def program() -> None:
+    """The command line's program: a file that cannot be written ends it in one line, with exit code 1.
+
+    It ends there and then, since what Python would still write at its exit would fail as well.
+    """
+
+    def give_up(error: BaseException) -> NoReturn:
+        print(f"error: {error}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.excepthook = lambda failure: give_up(failure.exc_value)  # a thread writes TensorBoard's events
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:  # before training
+        raise SystemExit(130) from None
+    except OSError as error:
+        give_up(error)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    program()

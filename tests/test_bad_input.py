@@ -28,7 +28,12 @@ BAD = [
     (train_teacher, "--env-id Pong-v5 --frame-skip 0", "--frame-skip must lie between 1 and"),
     (train_teacher, "--env-id CoinrunEasy-v0 --num-levels 0", "--num-levels must lie between 1 and"),
     (train_teacher, "--env-id Hopper-v4 --channels 8 8 8", "--channels is for networks of images; Hopper-v4 has states"),
-    (train_teacher, "--env-id Pong-v5 --channels 8 0 8", "layers need a width of at least 1"),
+    (train_teacher, "--env-id Pong-v5 --channels 8 0 8", "hidden layers, and all of 1 to 65536 units, not (8, 0, 8, 256)"),
+    (train_teacher, "--env-id Pong-v5 --frame-skip 101", "--frame-skip must lie between 1 and 100, not 101"),
+    (train_teacher, "--env-id CoinrunEasy-v0 --start-level -1", "--start-level must lie between 0 and"),
+    (train_teacher, "--num-envs 100001", "--num-envs must lie between 1 and 100000, not 100001"),
+    (train_teacher, "--eval-episodes 100001", "--eval-episodes must lie between 1 and 100000, not 100001"),
+    (train_teacher, f"--hidden {'8 ' * 65}", "a network has 1 to 64 hidden layers"),
     (train_teacher, "--env-id Hopper-v1", "did you mean Hopper-v"),
     (train_teacher, "--num-envs 0", "--num-envs must lie between 1 and"),
     (train_teacher, "--num-envs -3", "--num-envs must lie between 1 and"),
@@ -43,8 +48,8 @@ BAD = [
     (train_teacher, "--seed 4000000000", "--seed must lie between 0 and"),
     (train_teacher, "--gamma 1.5", "--gamma must lie between 0 and 1"),
     (train_teacher, "--learning-rate nan", "--learning-rate must lie between 0 and"),
-    (train_teacher, "--hidden 0", "layers need a width of at least 1"),
-    (train_teacher, "--hidden", "layers need a width of at least 1"),
+    (train_teacher, "--hidden 0", "all of 1 to 65536 units, not (0,)"),
+    (train_teacher, "--hidden", "a network has 1 to 64 hidden layers, and all of 1 to 65536 units, not ()"),
     (train_teacher, "--run-dir {x}", "exists; name another folder, or go on with --resume"),
     (train_teacher, "--run-dir {t}/below", "cannot create"),
     (train_teacher, "--resume {x}/nowhere", "cannot read {x}/nowhere/checkpoint.msgpack: No such file or directory"),
@@ -73,7 +78,12 @@ BAD = [
     (ppd_mujoco, "--teacher {t} --distill-coef -1", "--distill-coef must lie between 0 and"),
     (ppd_mujoco, "--teacher {t} --distill-coef-final -1", "--distill-coef-final must lie between 0 and"),
     (ppd_mujoco, "--teacher {t} --teacher-noise-std -1", "--teacher-noise-std must lie between 0 and"),
-    (ppd_mujoco, "--teacher {t} --student-hidden 64 0", "hidden layers need a width of at least 1"),
+    (ppd_mujoco, "--teacher {t} --student-hidden 64 0", "hidden layers of 1 to 65536 units, not (64, 0)"),
+    (ppd_mujoco, "--teacher {t} --student-hidden 1000000000000", "hidden layers of 1 to 65536 units"),
+    (ppd_mujoco, "--teacher {x}/infinite", "{x}/infinite is no model of a MuJoCo task: ValueError its parameters are not all finite"),
+    (ppd_mujoco, "--teacher {x}/ppd/checkpoint.msgpack", "is a 'checkpoint' file, version 2; needed is 'model', version 2"),
+    (ppd_mujoco, "--resume {x}/ppd", "was made by another version of ppd_mujoco.py (KeyError 'updates')"),
+    (ppd_mujoco, "--resume {t}", "cannot read {t}/checkpoint.msgpack: Not a directory"),
     (ppd_mujoco, "--teacher {t} --run-dir {x}", "exists; name another folder"),
     (ppd_mujoco, "--teacher {t} --device gpu", "--device gpu: JAX finds no GPU"),
     (ppd_mujoco, "--teacher {a}", "is no model of a MuJoCo task"),
@@ -83,8 +93,9 @@ BAD = [
     (ppd_atari, "--teacher {t}", "is no model of an Atari task"),
     (ppd_atari, "--teacher {a} --env-id Qbert-v5", "is a teacher of Pong-v5, not of Qbert-v5"),
     (ppd_atari, "--teacher {a} --frame-skip 0", "--frame-skip must lie between 1 and"),
-    (ppd_atari, "--teacher {a} --student-channels 8 8 0", "layers need a width of at least 1"),
-    (ppd_atari, "--teacher {a} --student-hidden 0", "layers need a width of at least 1"),
+    (ppd_atari, "--teacher {a} --student-channels 8 8 0", "all of 1 to 65536 units, not (8, 8, 0, 1024)"),
+    (ppd_atari, "--teacher {a} --student-hidden 0", "all of 1 to 65536 units"),
+    (ppd_atari, "--teacher {x}/infinite", "is no model of an Atari task: ValueError its network is of the kind mlp"),
     (ppd_atari, "--teacher {x}/short", "is no model file of this project, or is cut short"),
     (ppd_procgen, "--env-id Coinrun-v0", "unknown Procgen task Coinrun-v0; did you mean Coinrun"),
     (ppd_procgen, "", "no teacher of CoinrunEasy-v0 is shipped"),
@@ -113,7 +124,12 @@ BAD = [
     (ppd_gymnax, "--env-id CartPole-v1 --cnn", "--cnn is for MinAtar; CartPole-v1 has states"),
     (ppd_gymnax, "--num-minibatches 7", "does not divide a rollout of 64 environments x 32 steps"),
     (ppd_gymnax, "--teacher-num-steps 3 --num-minibatches 256", "does not divide a teacher rollout of 64 environments x 3 steps"),
-    (ppd_gymnax, "--student-hidden 8 0", "hidden layers need a width of at least 1"),
+    (ppd_gymnax, "--student-hidden 8 0", "hidden layers of 1 to 65536 units, not (8, 0)"),
+    (ppd_gymnax, "--student-hidden 70000", "hidden layers of 1 to 65536 units, not (70000,)"),
+    (ppd_gymnax, "--method ppo --teacher {t}", "--method ppo trains teachers; with --teacher there is nothing left to do"),
+    (ppd_gymnax, "--method ppo --distill-coef 2", "--distill-coef weighs PPD's term; ppo has none"),
+    (ppd_gymnax, "--teacher {x}", "cannot read {x}/teacher_100.msgpack: No such file or directory"),
+    (ppd_gymnax, "--teacher-num-envs 0", "--teacher-num-envs must lie between 1 and"),
     (ppd_gymnax, "--num-parts 0", "--num-parts must lie between 1 and"),
     (ppd_gymnax, "--teacher {t}", "is no teacher of Breakout-MinAtar"),
     (ppd_gymnax, "--teacher {x}/short", "is no model file of this project, or is cut short"),
@@ -122,6 +138,8 @@ BAD = [
     (ppd_gymnax, "--device gpu", "--device gpu: JAX finds no GPU"),
     (evaluate, "{x}/missing", "cannot read {x}/missing: No such file or directory"),
     (evaluate, "{x}/short", "is no model file of this project, or is cut short"),
+    (evaluate, "{x}/infinite", "its parameters are not all finite"),
+    (evaluate, "{x}/skipless", "was trained with a frame_skip of 0, which cannot be"),
     (evaluate, "{t} --episodes 0", "--episodes must lie between 1 and"),
     (evaluate, "{t} --seed -1", "--seed must lie between 0 and"),
     (evaluate, "{t} --video {x}/film.avi", "--video writes .gif or .mp4"),
@@ -152,6 +170,9 @@ def spoiled(tiny_teacher, tmp_path_factory):
     for name, checkpoint in (("ppd", {"script": "ppd_mujoco"}), ("older", {"script": "train_teacher", "args": {"gone": 1}})):
         (folder / name).mkdir()
         m.save_tree(folder / name / "checkpoint.msgpack", "checkpoint", checkpoint)
+    params = m.jax.tree.map(lambda x: np.full_like(x, np.inf), model["params"])
+    m.save_tree(folder / "infinite", "model", model | {"params": params})
+    m.save_tree(folder / "skipless", "model", model | {"args": model["args"] | {"frame_skip": 0}})
     (folder / "damaged").mkdir()
     (folder / "damaged/checkpoint.msgpack").write_bytes(b"not a checkpoint")
     return folder

@@ -1,6 +1,7 @@
 """ppd_gymnax.py: same-step resets, seeds side by side, the three methods, files, and what it learns."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -178,7 +179,8 @@ def test_a_run_leaves_what_it_promises(env_id, method, tmp_path, capsys):
     found = m.main(small(folder, env_id=env_id, method=method, teacher_noise_std=0.1, num_steps=16 if method == "ppd" else 5))
     files = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
     models = {f"{name}_{seed}.msgpack" for name in ("teacher", "student") for seed in (100, 101)}
-    assert files == models | {"args.json", "progress.csv", "checkpoint.msgpack", "results.json", "curves.png"}
+    assert files == models | {"args.json", "progress.csv", "checkpoint.msgpack", "checkpoint_previous.msgpack", "results.json",
+                              "curves.png"}
     table = rows(folder)
     students = [row for row in table if row["phase"] == "student"]
     assert {row["seed"] for row in students} == {"100", "101"}
@@ -264,6 +266,33 @@ def test_the_teacher_stays_as_it_was(tmp_path):
     saved = m.load_tree(tmp_path / "b/student_100.msgpack", "model")["obs_stats"]
     for name, value in m.load_tree(teacher, "model")["obs_stats"].items():
         np.testing.assert_array_equal(saved[name], value)
+
+
+def test_teachers_trained_alone_teach_their_own_seeds(tmp_path):
+    """Students of the teachers that --method ppo left are those of a run that trains teachers and students at once."""
+    at_once = m.main(small(tmp_path / "at_once"))
+    alone = m.main(small(tmp_path / "alone", method="ppo"))
+    assert "student" not in alone and alone["teacher"] == at_once["teacher"]
+    files = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {"teacher_100.msgpack", "teacher_101.msgpack", "curves.png"} <= files and not any("student" in name for name in files)
+    later = m.main(small(tmp_path / "later", teacher=str(tmp_path / "alone")))
+    assert later["student"] == at_once["student"] and later["teacher"] == at_once["teacher"]
+    for seed in (100, 101):
+        a, b = (jax.tree.leaves(m.load_tree(tmp_path / run / f"student_{seed}.msgpack", "model")["params"]) for run in ("at_once", "later"))
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    one = m.main(small(tmp_path / "one", num_seeds=1, teacher=str(tmp_path / "alone/teacher_101.msgpack")))
+    assert one["teacher"] != later["teacher"] or one["student"] != later["student"]
+
+
+def test_baselines_take_as_many_gradient_steps_as_ppd():
+    """And teachers are the same whatever the students' method; what is asked for is done."""
+    args = {name: m.resolve(m.Args(method=name)) for name in ("ppd", "student-distill", "teacher-distill", "ppo")}
+    samples = {name: each.batch_size / (each.num_minibatches * each.update_epochs if name == "ppd" else 1) for name, each in args.items()}
+    assert samples["ppd"] == 64 and samples["student-distill"] == samples["teacher-distill"] == 80
+    teachers = {dataclasses.replace(m.teacher_args(each), total_timesteps=1) for each in args.values()}
+    assert len(teachers) == 1 and teachers.pop().num_envs == 64
+    assert m.teacher_args(m.resolve(m.Args(num_envs=8))).num_envs == m.resolve(m.Args(num_envs=8)).num_envs == 8
+    assert m.resolve(m.Args(env_id="Acrobot-v1")).teacher_ent_coef == 0.05 != m.resolve(m.Args()).teacher_ent_coef
 
 
 def test_the_teacher_acts_in_teacher_distill_alone(tmp_path, monkeypatch):

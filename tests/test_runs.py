@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import envpool
 import imageio.v3 as imageio
 import jax
 import numpy as np
@@ -45,18 +46,44 @@ def model(folder, m):
     return train_teacher.load_tree(folder / f"{name}.msgpack", "model")
 
 
+@pytest.fixture
+def strict_envpool(monkeypatch):
+    """envpool as it is, but it refuses what it would end the process for, or accept without a word."""
+    make = envpool.make_gymnasium
+
+    def checked(env_id, num_envs, seed, **options):
+        assert seed >= 0 and seed + num_envs <= 2**31 and options.get("noop_max", 30) >= 1
+        envs = make(env_id, num_envs=num_envs, seed=seed, **options)
+        step, space = envs.step, envs.action_space
+
+        def checked_step(actions):
+            assert actions.shape == (num_envs, *space.shape)
+            if space.shape:
+                assert (actions >= space.low).all() and (actions <= space.high).all()
+            else:
+                assert actions.dtype.kind == "i" and (actions >= 0).all() and (actions < space.n).all()
+            return step(actions)
+
+        envs.step = checked_step
+        return envs
+
+    monkeypatch.setattr(envpool, "make_gymnasium", checked)
+
+
 @pytest.mark.parametrize(("m", "env_id"), RUNS)
-def test_a_run_leaves_what_it_promises(m, env_id, tmp_path, teachers, capsys):
+def test_a_run_leaves_what_it_promises(m, env_id, tmp_path, teachers, capsys, strict_envpool):
     logging = {"log_every": 20} if m in BASELINES else {}
     numbers = m.main(small(m, env_id, tmp_path / "run", **flags_of(m, env_id, teachers), **logging))
     folder, role = tmp_path / "run", "teacher" if m is train_teacher else "student"
     files = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
-    assert files == {"args.json", "progress.csv", "checkpoint.msgpack", f"{role}.msgpack", "results.json"}
+    checkpoints = {"checkpoint.msgpack", "checkpoint_previous.msgpack"}
+    assert files == checkpoints | {"args.json", "progress.csv", f"{role}.msgpack", "results.json"}
     assert sum("tfevents" in path.name for path in folder.iterdir()) == 1
 
     table = rows(folder)
     assert [int(row["global_step"]) for row in table] == ([400, 800, 1000] if m in BASELINES else [64, 128, 192])
-    metrics = {"charts/episodic_return", "charts/SPS", "losses/value_loss", "losses/entropy", "losses/loss"}
+    metrics = {"charts/episodic_return", "charts/SPS", "losses/value_loss", "losses/entropy", "losses/loss", "losses/grad_norm",
+               "losses/param_norm"}
     metrics |= {"losses/teacher_kl"} if m is not train_teacher else set()
     metrics |= {"losses/policy_loss", "losses/approx_kl", "losses/clipfrac"} if m not in BASELINES else set()
     metrics |= {"losses/distill_loss"} if m.__name__.startswith("ppd") else set()
