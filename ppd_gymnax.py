@@ -1301,7 +1301,6 @@ def fit(
             distill_coefs = np.stack([distill_coef_at(args, distill_coef, fractions) for distill_coef, _ in made])
             state, metrics = train(args, networks, teachers, state, jnp.asarray(distill_coefs, jnp.float32))
             metrics = jax.device_get(wait(metrics))
-            last = bool(signals)
             check_finite(metrics, f"updates {(part - 1) * updates + 1} to {part * updates} of the {phase}", folder)
 
             now = time.time()
@@ -1318,7 +1317,7 @@ def fit(
             bar.set_postfix_str(f"return {metrics['charts/episodic_return'].mean():.1f}", refresh=False)
             bar.update(part_steps * len(runs))
             save(part)
-            if last:
+            if signals:
                 log.close()
                 stop(folder, signals[0])
     return jax.tree.map(lambda x: np.asarray(x)[: len(runs)], state)

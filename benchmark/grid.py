@@ -241,8 +241,7 @@ class Execution:
         if grid is None and self.script.returncode == 128 + signal.SIGTERM:
             time.sleep(3600)  # preempted: Slurm is about to end this job, and to begin it again
         if self.script.returncode:
-            lines = log_path.read_text().strip().splitlines()
-            raise RuntimeError(f"exit code {self.script.returncode}: {lines[-1] if lines else ''}")
+            raise RuntimeError(f"exit code {self.script.returncode}")
 
     def stop(self) -> None:
         """Lets the script finish its update and save, if it still runs."""
@@ -276,6 +275,13 @@ def progress(run: Run, args: Args) -> float:
         return min(1.0, int(row[header.index("global_step")]) / steps)
     except (OSError, ValueError, IndexError, KeyError, StopIteration):  # it has not begun to write
         return 0.0
+
+
+def last_words(run: Run, args: Args) -> str:
+    """The last line that a run has printed: where it failed, why."""
+    path = ROOT / args.folder / f"{run.name}.log"
+    lines = path.read_text().replace("\r", "\n").strip().splitlines() if path.exists() else []
+    return lines[-1] if lines else f"it has not begun; see {args.folder / 'jobs'}"
 
 
 def make_executor(args: Args) -> submitit.AutoExecutor:
@@ -315,7 +321,7 @@ def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
                     if is_done(run, args):
                         record(run, args)
                     else:
-                        failed[run] = (str(job.exception()).strip().splitlines() or ["no reason given"])[-1]
+                        failed[run] = last_words(run, args)
                         bar.write(f"failed: {run.name}: {failed[run]}")
             ready = []
             for run in list(waiting):

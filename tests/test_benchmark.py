@@ -29,7 +29,7 @@ import train_teacher
 
 SCRIPTS = {f"{m.__name__}.py": m for m in (
     ppd_atari, ppd_gymnax, ppd_mujoco, ppd_procgen, student_distill, teacher_distill, train_teacher)}
-TINY = "--teacher-timesteps 4096 --total-timesteps 2048 --num-seeds 2 --num-envs 8 --num-parts 2 --eval-episodes 2 --teacher-num-steps 32"
+TINY = "--teacher-timesteps 4096 --total-timesteps 60000 --num-seeds 2 --num-envs 8 --num-parts 30 --eval-episodes 2 --teacher-num-steps 32"
 
 
 def all_runs():
