@@ -2,7 +2,6 @@
 
 import csv
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     os.name != "posix" or not hasattr(os, "geteuid") or os.geteuid() != 0 or not all(map(shutil.which, PROGRAMS)),
     reason="the test of Slurm needs root and Slurm itself: apt-get install slurm-wlm munge")
 
-TINY = "--teacher-timesteps 2048 --total-timesteps 300000 --num-seeds 1 --num-envs 8 --num-parts 100 --eval-episodes 2 --teacher-num-steps 32"
+TINY = "--teacher-timesteps 2048 --total-timesteps 100000 --num-seeds 1 --num-envs 8 --num-parts 100 --eval-episodes 2 --teacher-num-steps 32"
 
 
 def free_port():
@@ -117,4 +116,3 @@ def test_an_array_of_runs_survives_preemption(slurm, tmp_path):
         with open(path, newline="") as file:
             steps = [(row["phase"], int(row["global_step"])) for row in csv.DictReader(file)]
         assert len(steps) == len(set(steps)) and steps == sorted(steps, key=lambda x: x[1])
-    assert re.search(r"7/7 runs", out)
