@@ -304,7 +304,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
 def fill_readme(text: str, tables: dict[str, str]) -> str:
     """The README with each table between its marks, `<!-- report: NAME -->` and `<!-- end -->`, brought up to date."""
     def fill(match: re.Match) -> str:
-        return f"{match[1]}\n{tables.get(match[2], "Not run yet.")}\n<!-- end -->"
+        table = tables.get(match[2], "Not run yet.")
+        return f"{match[1]}\n{table}\n<!-- end -->"
 
     return re.sub(r"(<!-- report: (\S+) -->)\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
