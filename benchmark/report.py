@@ -140,7 +140,8 @@ def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str =
         corrupted = aggregate(each[each.method == "ppd"], "corrupted_teacher", split)
         cells = [aggregate(each[each.method == name], "student", split) for name in METHODS]
         number = {"train_": 8}.get(split, 2 if task == "all" else 6)
-        paper = [paper_value(number, suite, *x, env=paper_name(task)) for x in
+        known = "atari" if suite == "gymnax" and task == "all" else suite
+        paper = [paper_value(number, known, *x, env=paper_name(task)) for x in
                  (("teacher", "corrupted"), *(("larger", name) for name in METHODS.values()))]
         table.append([task, corrupted[statistic], *(cell[statistic] for cell in cells), corrupted["runs"],
                       ", ".join(filter(None, paper))])
