@@ -1221,6 +1221,9 @@ def check_saved(args: Args, saved: dict, teacher_networks: Networks, given: Froz
         counts = saved["updates"], saved["num_rows"], *map(float, saved["timing"].values())
         if saved["phase"] not in ("teacher", "student") or min(counts) < 0 or type(saved["num_rows"]) is not int:
             raise ValueError(f"{saved['phase']!r}, {counts}")
+        phase = args if learns else teacher_args(args)
+        if saved["updates"] not in range(0, phase.updates_per_part * phase.parts + 1, phase.updates_per_part):
+            raise ValueError(f"no part of the {saved['phase']}'s training ends with update {saved['updates']}")
         if learns:
             networks, size = make_networks(args.env_id, args.network, teacher_networks), len(args.distill_coef)
             check("arrays", saved["state"], args, networks, size * args.num_seeds)
@@ -1406,8 +1409,9 @@ def program() -> None:
     """
 
     def give_up(error: BaseException) -> NoReturn:
-        print(f"error: {error}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
-        os._exit(1)
+        with tqdm.external_write_mode(sys.stderr):  # in place of the progress bar
+            print(f"error: {error}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
+            os._exit(1)
 
     threading.excepthook = lambda failure: give_up(failure.exc_value)  # a thread writes TensorBoard's events
     try:

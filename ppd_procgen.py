@@ -1201,8 +1201,9 @@ def program() -> None:
     """
 
     def give_up(error: BaseException) -> NoReturn:
-        print(f"error: {error}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
-        os._exit(1)
+        with tqdm.external_write_mode(sys.stderr):  # in place of the progress bar
+            print(f"error: {error}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
+            os._exit(1)
 
     threading.excepthook = lambda failure: give_up(failure.exc_value)  # a thread writes TensorBoard's events
     try:

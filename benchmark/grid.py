@@ -238,7 +238,8 @@ class Execution:
         while self.script.poll() is None and (grid is None or Path(f"/proc/{grid}").exists()):
             time.sleep(0.2)
         self.stop()
-        if grid is None and self.script.returncode == 128 + signal.SIGTERM:
+        ended = (128 + signal.SIGTERM, -signal.SIGTERM)  # with its checkpoint, or before it caught signals
+        if grid is None and self.script.returncode in ended:
             time.sleep(3600)  # preempted: Slurm is about to end this job, and to begin it again
         if self.script.returncode:
             raise RuntimeError(f"exit code {self.script.returncode}")
