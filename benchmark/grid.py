@@ -257,7 +257,8 @@ class Execution:
 
 
 def prepare_script() -> None:
-    """Within the script's process: it gets SIGTERM when this one ends, and leaves Slurm's warning to this one."""
+    """Within the script's process: it gets SIGTERM when this one ends, and leaves Ctrl-C and Slurm's warning to it."""
+    os.setsid()
     end_with_parent = 1  # PR_SET_PDEATHSIG of Linux
     ctypes.CDLL(None).prctl(end_with_parent, signal.SIGTERM)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -334,9 +335,11 @@ def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
             ready = ready[:len(free)] if local else ready
             places = [free.pop(0) if local else None for _ in ready]
             if ready:
-                with executor.batch():
+                interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # jobs inherit it: Ctrl-C ends this program,
+                with executor.batch():  # which they notice
                     jobs = [executor.submit(Execution(), run, args, cores, os.getpid() if local else None, gpus)
                             for run, cores in zip(ready, places, strict=True)]
+                signal.signal(signal.SIGINT, interrupt)
                 running |= dict(zip(ready, zip(jobs, places, strict=True), strict=True))
                 waiting = [run for run in waiting if run not in running]
             bar.n = len(runs) - len(waiting) - len(failed) - sum(1 - progress(run, args) for run in running)
@@ -446,7 +449,12 @@ def main(args: Args) -> int:
         return 0
     (ROOT / args.folder).mkdir(parents=True, exist_ok=True)
     began = time.time()
-    failed = run_all(runs, args)
+    try:
+        failed = run_all(runs, args)
+    except KeyboardInterrupt:
+        what = "the runs save and end" if args.executor == "local" else "what is in Slurm's queue stays there"
+        print(f"interrupted: {what}; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
     for run in runs:
         if run not in failed:
             record(run, args)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ import train_teacher
 
 SCRIPTS = {f"{m.__name__}.py": m for m in (
     ppd_atari, ppd_gymnax, ppd_mujoco, ppd_procgen, student_distill, teacher_distill, train_teacher)}
-TINY = "--teacher-timesteps 4096 --total-timesteps 30000 --num-seeds 2 --num-envs 8 --num-parts 30 --eval-episodes 2 --teacher-num-steps 32"
+TINY = "--teacher-timesteps 2048 --total-timesteps 8192 --num-seeds 2 --num-envs 8 --num-parts 32 --eval-episodes 2 --teacher-num-steps 32"
 
 
 def all_runs():
@@ -84,8 +85,9 @@ def test_filters_choose_runs_and_the_teachers_they_lack(capsys):
 
 def start_grid(folder, extra, *flags):
     words = [sys.executable, "benchmark/grid.py", "--suite", "gymnax", "--task", "Breakout-MinAtar", "--size", "same", "--folder", str(folder)]
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.Popen([*words, f"--extra={extra}", *flags], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return subprocess.Popen([*words, f"--extra={extra}", *flags], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)
 
 
 def table(path):
@@ -99,9 +101,17 @@ def test_a_grid_that_is_killed_goes_on_and_repeats_nothing(tmp_path):
     out = began.communicate(timeout=400)[0]
     assert began.returncode == 0 and "2 of 2 runs are done" in out, out
 
-    began = start_grid(cut, TINY, "--method", "ppo", "ppd")
     first = cut / "teachers__Breakout-MinAtar__ppo__same__100"
-    while not (first / "results.json").exists() or not any(cut.glob("methods__*/checkpoint*.msgpack")):
+    began = start_grid(cut, TINY, "--method", "ppo", "ppd")
+    while not (first / "checkpoint.msgpack").exists():
+        assert began.poll() is None, began.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(began.pid, signal.SIGINT)  # as Ctrl-C does
+    out = began.stdout.read()
+    assert began.wait() == 130 and "Traceback" not in out and out.endswith("interrupted: the runs save and end; the same command goes on\n")
+
+    began = start_grid(cut, TINY, "--method", "ppo", "ppd")
+    while not (first / "results.json").exists() or not any(cut.glob("methods__*/checkpoint_previous.msgpack")):
         assert began.poll() is None, began.communicate()[0]
         time.sleep(0.05)
     began.kill()

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     os.name != "posix" or not hasattr(os, "geteuid") or os.geteuid() != 0 or not all(map(shutil.which, PROGRAMS)),
     reason="the test of Slurm needs root and Slurm itself: apt-get install slurm-wlm munge")
 
-TINY = "--teacher-timesteps 2048 --total-timesteps 100000 --num-seeds 1 --num-envs 8 --num-parts 100 --eval-episodes 2 --teacher-num-steps 32"
+TINY = "--teacher-timesteps 2048 --total-timesteps 20480 --num-seeds 1 --num-envs 8 --num-parts 80 --eval-episodes 2 --teacher-num-steps 32"
 
 
 def free_port():
@@ -96,7 +96,7 @@ def test_an_array_of_runs_survives_preemption(slurm, tmp_path):
     grid = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         began = time.time()
-        while not (cut := [path.parent for path in folder.glob("methods__*__ppd__*/checkpoint*.msgpack")]):
+        while not (cut := [path.parent for path in folder.glob("methods__*__ppd__*/checkpoint_previous.msgpack")]):
             assert grid.poll() is None and time.time() - began < 300, grid.communicate()[0] if grid.poll() else "too slow"
             time.sleep(0.2)
         running = subprocess.run(["squeue", "-h", "-t", "R", "-o", "%i"], capture_output=True, text=True).stdout.split()
