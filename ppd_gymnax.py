@@ -983,7 +983,7 @@ COLUMNS = ["phase", "seed", "distill_coef", "global_step", "seconds", "charts/SP
 
 
 class Log:
-    """progress.csv and TensorBoard events in the run's folder; Weights & Biases, where asked for, copies the latter."""
+    """progress.csv and TensorBoard events in the run's folder; Weights & Biases, where asked for, gets them as well."""
 
     def __init__(self, folder: Path, args: Args, num_rows: int):
         """num_rows: how many rows to keep; those after them, of updates that are made again, are dropped."""
@@ -991,11 +991,16 @@ class Log:
         if path.exists():
             lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # whole ones
             write_atomic(path, b"".join(lines[: num_rows + 1]))
+        self.tracker = None
         if args.track:
             import wandb
 
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=folder.name, resume="allow",
-                       config=plain_args(args), sync_tensorboard=True)
+            try:
+                self.tracker = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=folder.name,
+                                          resume="allow", config=plain_args(args))
+            except wandb.Error as error:
+                fail(f"--track: {error}")
+            self.tracker.define_metric("*", step_metric="global_step")
         self.file = open(path, "a", newline="", buffering=1)
         self.tensorboard = SummaryWriter(str(folder))
         self.num_rows = num_rows
@@ -1007,15 +1012,19 @@ class Log:
             table.writeheader()
         table.writerow(run | metrics)
         self.num_rows += 1
-        for name, value in metrics.items():
-            if np.isfinite(value):  # there is no episodic return before an episode has ended
-                tag = f"{run['phase']}-{run['distill_coef']:g}-{run['seed']}/{name.replace('/', '-')}"
-                self.tensorboard.add_scalar(tag, value, run["global_step"])
+        known = {name: value for name, value in metrics.items() if np.isfinite(value)}  # no return before an end
+        about, step = f"{run['phase']}_{run['seed']}_lambda_{run['distill_coef']:g}", run["global_step"]
+        for name, value in known.items():
+            self.tensorboard.add_scalar(f"{about}/{name.replace('/', '-')}", value, step)
+        if self.tracker is not None:
+            self.tracker.log({f"{about}/{name}": value for name, value in known.items()} | {"global_step": step})
 
     def close(self) -> None:
         """Writes out what is left."""
         self.file.close()
         self.tensorboard.close()
+        if self.tracker is not None:
+            self.tracker.finish()
 
 
 def wait(arrays: Any) -> Any:

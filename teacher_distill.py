@@ -832,7 +832,7 @@ def progress_bar(args: Args, first: int) -> tqdm:
 
 
 class Log:
-    """progress.csv and TensorBoard events in the run's folder; Weights & Biases, where asked for, copies the latter."""
+    """progress.csv and TensorBoard events in the run's folder; Weights & Biases, where asked for, gets them as well."""
 
     def __init__(self, folder: Path, args: Args, first_step: int):
         """first_step: where the run goes on; rows after it, of updates that are made again, are dropped."""
@@ -842,11 +842,16 @@ class Log:
             steps = [line.split(b",")[0] for line in lines]
             kept = [line for line, n in zip(lines, steps, strict=True) if not n.isdigit() or int(n) <= first_step]
             write_atomic(path, b"".join(kept))
+        self.tracker = None
         if args.track:
             import wandb
 
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=folder.name, resume="allow",
-                       config=plain_args(args), sync_tensorboard=True)
+            try:
+                self.tracker = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=folder.name,
+                                          resume="allow", config=plain_args(args))
+            except wandb.Error as error:
+                fail(f"--track: {error}")
+            self.tracker.define_metric("*", step_metric="global_step")
         self.file = open(path, "a", newline="", buffering=1)
         self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if args.resume else None)
 
@@ -857,14 +862,18 @@ class Log:
         if self.file.tell() == 0:
             table.writeheader()
         table.writerow(row)
-        for name, value in metrics.items():
-            if np.isfinite(value):  # there is no episodic return before an episode has ended
-                self.tensorboard.add_scalar(name, value, step)
+        known = {name: value for name, value in metrics.items() if np.isfinite(value)}  # no return before an end
+        for name, value in known.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if self.tracker is not None:
+            self.tracker.log(known | {"global_step": step})
 
     def close(self) -> None:
         """Writes out what is left."""
         self.file.close()
         self.tensorboard.close()
+        if self.tracker is not None:
+            self.tracker.finish()
 
 
 @contextmanager

@@ -199,6 +199,35 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tiny_teacher, monkeyp
     assert len(rows(tmp_path / "run")) == 1
 
 
+class Tracker:
+    """What the scripts use of Weights & Biases, which needs an account."""
+
+    Error = ValueError
+
+    def __init__(self):
+        self.rows, self.about, self.finished = [], None, False
+        self.log = self.rows.append
+
+    def init(self, **about):
+        self.about = about
+        return self
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "global_step")
+
+    def finish(self):
+        self.finished = True
+
+
+def test_tracking_gets_what_progress_csv_gets(tmp_path, tiny_teacher, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", tracker := Tracker())
+    monkeypatch.setattr(ppd_mujoco.importlib.util, "find_spec", lambda name: True)
+    ppd_mujoco.main(small(ppd_mujoco, "Hopper-v4", tmp_path / "run", teacher=str(tiny_teacher), track=True))
+    assert tracker.finished and tracker.about["id"] == "run" and tracker.about["config"]["env_id"] == "Hopper-v4"
+    written = [{k: float(v) for k, v in row.items() if v != "nan" and k != "seconds"} for row in rows(tmp_path / "run")]
+    assert tracker.rows == written and len(written) == 3
+
+
 def test_distill_coef_goes_linearly_to_its_end():
     args = ppd_mujoco.Args(distill_coef=2.0, distill_coef_final=1.0)
     assert [ppd_mujoco.distill_coef_at(args, x) for x in (0.0, 0.5, 1.0)] == [2.0, 1.5, 1.0]
