@@ -1119,7 +1119,7 @@ def describe(evaluation: dict) -> str:
 def finish(
     args: Args, networks: Networks, state: TrainState, teacher: dict, original: dict, folder: Path, timing: dict
 ) -> dict[str, float]:
-    """Evaluates student and teacher on the same games, writes results.json and student.msgpack, prints the outcome.
+    """Evaluates student and teacher on the same games, writes student.msgpack and results.json, prints the outcome.
 
     teacher: as it taught; original: as it was before noise. Returns each one's mean, their ratio and the timing.
     """
@@ -1134,10 +1134,10 @@ def finish(
     about = {"env_id": args.env_id, "script": SCRIPT, "network": network, "args": plain_args(args),
              "command": command_line(args), "versions": versions()}
     ratio = {"ratio": numbers["ratio"] if numbers["teacher"] > 0 else None}  # of what is negative it would say nothing
-    write_json(folder / "results.json", about | timing | ratio | evaluations)
     save_tree(folder / "student.msgpack", "model", about | {
         "role": "student", "action_dim": networks.policy.num_actions, "observation_shape": list(OBSERVATION_SHAPE),
         "params": state.params, "obs_stats": None, "evaluation": evaluations["student"]})
+    write_json(folder / "results.json", about | timing | ratio | evaluations)
     for name, evaluation in evaluations.items():
         print(f"{name.replace('_', ' '):<18} {describe(evaluation)}")
     print(f"{'student / teacher':<18} {numbers['ratio']:>10.3f}")

@@ -993,7 +993,7 @@ def make_folder(args: Args) -> Path:
 def finish(
     args: Args, networks: Networks, state: TrainState, teacher: Frozen, original: Frozen, folder: Path, timing: dict
 ) -> dict[str, float]:
-    """Evaluates student and teacher on the same games, writes results.json and student.msgpack, prints the outcome.
+    """Evaluates student and teacher on the same games, writes student.msgpack and results.json, prints the outcome.
 
     teacher: as it taught; original: as it was before noise. Returns each one's mean, their ratio and the timing.
     """
@@ -1009,11 +1009,11 @@ def finish(
     about = {"env_id": args.env_id, "script": SCRIPT, "network": network, "args": plain_args(args),
              "command": command_line(args), "versions": versions()}
     ratio = {"ratio": numbers["ratio"] if numbers["teacher"] > 0 else None}  # of what is negative it would say nothing
-    write_json(folder / "results.json", about | timing | ratio | evaluations)
     save_tree(folder / "student.msgpack", "model", about | {
         "role": "student", "action_dim": networks.policy.action_dim,
         "observation_shape": list(teacher.obs_stats.mean.shape), "params": state.params,
         "obs_stats": teacher.obs_stats._asdict(), "evaluation": evaluations["student"]})
+    write_json(folder / "results.json", about | timing | ratio | evaluations)
     for name, x in evaluations.items():
         print(f"{name.replace('_', ' '):<18} {x['mean']:>10.1f} ± {x['std']:.1f} ({len(x['returns'])} episodes)")
     print(f"{'student / teacher':<18} {numbers['ratio']:>10.3f}")

@@ -1131,16 +1131,16 @@ def describe(evaluation: dict) -> str:
 def finish(
     args: Args, networks: Networks, state: TrainState, observation_shape: tuple, folder: Path, timing: dict
 ) -> dict[str, float]:
-    """Evaluates the teacher, writes results.json and teacher.msgpack, prints the outcome; returns mean and timing."""
+    """Evaluates the teacher, writes teacher.msgpack and results.json, prints the outcome; returns mean and timing."""
     frozen = Frozen(state.params["policy"], state.obs_stats)
     evaluation = assess(networks.policy, frozen, args.env_id, args.eval_episodes, args.seed, args.variant)
     network = {name: list(x) if isinstance(x, tuple) else x for name, x in args.network._asdict().items()}
     about = {"env_id": args.env_id, "script": SCRIPT, "network": network, "args": plain_args(args),
              "command": command_line(args), "versions": versions()}
-    write_json(folder / "results.json", about | timing | {"teacher": evaluation})
     save_tree(folder / "teacher.msgpack", "model", about | {
         "role": "teacher", "action_dim": networks.policy.action_dim, "observation_shape": list(observation_shape),
         "params": state.params, "obs_stats": state.obs_stats and state.obs_stats._asdict(), "evaluation": evaluation})
+    write_json(folder / "results.json", about | timing | {"teacher": evaluation})
     print(f"{'teacher':<18} {describe(evaluation)}")
     print(f"{'steps per second':<18} {timing['SPS']:>10.0f}")
     print(f"{'files':<18} {folder}")

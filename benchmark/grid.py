@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import submitit
@@ -158,12 +158,17 @@ class Args:
 # ======================================================================================================================
 
 
+def made_teacher(run: Run) -> Run | None:
+    """The run of the grid that a student's teacher comes from; none where its teacher is shipped."""
+    shipped = run.suite != "gymnax" and (ROOT / f"teachers/{run.task}__{run.seed}.msgpack").exists()
+    return None if shipped else run.teacher
+
+
 def teacher_path(run: Run, args: Args) -> str:
     """Where a student's teacher is or will be: shipped, or made by the grid; of gymnax, a folder with one a seed."""
-    shipped, made = f"teachers/{run.task}__{run.seed}.msgpack", args.folder / run.teacher.name
-    if run.suite == "gymnax":
-        return str(made)
-    return shipped if (ROOT / shipped).exists() else str(made / "teacher.msgpack")
+    if made_teacher(run) is None:
+        return f"teachers/{run.task}__{run.seed}.msgpack"
+    return str(args.folder / run.teacher.name) + ("" if run.suite == "gymnax" else "/teacher.msgpack")
 
 
 def command(run: Run, args: Args) -> list[str]:
@@ -195,8 +200,7 @@ def chosen(args: Args) -> list[Run]:
             small = not args.miniature or (run.seed == SEEDS[0] and run.task in MINIATURE.get(suite, ((),))[0])
             if small and all(not wanted or value in wanted for wanted, value in filters):
                 runs.append(run)
-    teachers = [run.teacher for run in runs if run.teacher and not teacher_path(run, args).startswith("teachers/")]
-    return list(dict.fromkeys(teachers + runs))
+    return list(dict.fromkeys([teacher for run in runs if (teacher := made_teacher(run))] + runs))
 
 
 # ======================================================================================================================
@@ -205,15 +209,36 @@ def chosen(args: Args) -> list[Run]:
 
 
 GPUS = ("CUDA_VISIBLE_DEVICES",)
+MAX_ARRAY = 1000  # jobs; what Slurm allows unless it is told otherwise
 
 
 def is_done(run: Run, args: Args) -> bool:
-    """Whether a run has ended with its results."""
+    """Whether a run has ended with its results, which it writes last."""
     return (ROOT / args.folder / run.name / "results.json").exists()
+
+
+def check_command(run: Run, args: Args) -> None:
+    """Ends the program where the folder has a run of this name by another command: other budgets, say."""
+    path, words = ROOT / args.folder / f"{run.name}.command", known_command(run, args)
+    if path.exists() and path.read_text() != words:
+        fail(f"{args.folder} has {run.name} by another command; name another --folder")
+
+
+def known_command(run: Run, args: Args) -> str:
+    """The command line of a run wherever its folder lies."""
+    return shlex.join(command(run, dataclasses.replace(args, folder=Path("FOLDER")))) + "\n"
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program for bad input: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 class Execution:
     """One script run to its end, from its checkpoint where there is one: what a job of submitit calls."""
+
+    script: subprocess.Popen | None = None
 
     def __call__(self, run: Run, args: Args, cores: list[int] | None, grid: int | None, gpus: dict[str, str]) -> None:
         """Returns when the run has ended, and raises where it failed.
@@ -224,10 +249,14 @@ class Execution:
         if cores:
             os.sched_setaffinity(0, cores)
         env = {name: value for name, value in os.environ.items() if name not in GPUS} if grid else dict(os.environ)
+        env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # runs that share a GPU share its memory
         folder, log_path = ROOT / args.folder / run.name, ROOT / args.folder / f"{run.name}.log"
         with open(log_path, "a") as log:
             fcntl.flock(log, fcntl.LOCK_EX)  # the script holds it too: one that still saves is waited for
+            if is_done(run, args):
+                return
             words = command(run, args)
+            (ROOT / args.folder / f"{run.name}.command").write_text(known_command(run, args))
             if any(folder.glob("checkpoint*.msgpack")):
                 words = [*words[:2], "--resume", str(args.folder / run.name)]
             else:  # it ended before its first checkpoint, or has not begun
@@ -246,9 +275,10 @@ class Execution:
 
     def stop(self) -> None:
         """Lets the script finish its update and save, if it still runs."""
-        if self.script.poll() is None:
-            self.script.terminate()
-        self.script.wait()
+        if self.script is not None:
+            if self.script.poll() is None:
+                self.script.terminate()
+            self.script.wait()
 
     def checkpoint(self, *args: Any) -> submitit.helpers.DelayedSubmission:
         """Called shortly before Slurm's time limit; what is returned goes back into the queue."""
@@ -294,7 +324,7 @@ def make_executor(args: Args) -> submitit.AutoExecutor:
     else:
         executor.update_parameters(
             name="ppd", timeout_min=args.slurm_minutes, cpus_per_task=args.slurm_cpus,
-            slurm_partition=args.slurm_partition, slurm_array_parallelism=args.processes or 1000,
+            slurm_partition=args.slurm_partition, slurm_array_parallelism=args.processes or MAX_ARRAY,
             slurm_signal_delay_s=120,
             slurm_additional_parameters={"requeue": True} | ({"gpus": args.slurm_gpus} if args.slurm_gpus else {}))
     return executor
@@ -327,12 +357,13 @@ def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
                         bar.write(f"failed: {run.name}: {failed[run]}")
             ready = []
             for run in list(waiting):
-                if run.teacher in failed:
+                teacher = made_teacher(run)
+                if teacher in failed:
                     waiting.remove(run)
-                    failed[run] = f"its teacher failed: {run.teacher.name}"
-                elif run.teacher not in running and (run.teacher is None or (ROOT / teacher_path(run, args)).exists()):
+                    failed[run] = f"its teacher failed: {teacher.name}"
+                elif teacher is None or is_done(teacher, args):
                     ready.append(run)
-            ready = ready[:len(free)] if local else ready
+            ready = ready[:len(free) if local else min(MAX_ARRAY, (args.processes or MAX_ARRAY) - len(running))]
             places = [free.pop(0) if local else None for _ in ready]
             if ready:
                 interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # jobs inherit it: Ctrl-C ends this program,
@@ -408,14 +439,19 @@ def record(run: Run, args: Args) -> None:
     """Writes a finished run's rows into its suite's table, in place of older ones of it, and its thinned curve."""
     folder = args.results or ROOT / args.folder / "results"
     (folder / "curves").mkdir(parents=True, exist_ok=True)
-    path = folder / f"{run.suite}.csv"
-    table = {}
+    path, table = folder / f"{run.suite}.csv", {}
+    found = [{name: str(row.get(name, "")) for name in COLUMNS} for row in rows(run, args)]
+    names = KEY[:5] if run.suite == "gymnax" else KEY  # of gymnax, a run is of all seeds and all λ
+    replaced = {tuple(row[name] for name in names) for row in found}
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # another grid may write, too
     if path.exists():
         with open(path, newline="") as file:
-            table = {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)}
-    found = [{name: str(row.get(name, "")) for name in COLUMNS} for row in rows(run, args)]
+            table = {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)
+                     if tuple(row[name] for name in names) not in replaced}
     table |= {tuple(row[name] for name in KEY): row for row in found}
     write_csv(path, COLUMNS, [table[key] for key in sorted(table)])
+    os.close(lock)
 
     with open(ROOT / args.folder / run.name / "progress.csv", newline="") as file:
         curve = list(csv.DictReader(file))
@@ -439,10 +475,13 @@ def write_csv(path: Path, columns: list[str], table: list[dict[str, Any]]) -> No
 
 def main(args: Args) -> int:
     """Runs the chosen part of the grid; returns how many runs failed."""
+    if args.processes is not None and args.processes < 1:
+        fail(f"--processes must be at least 1, not {args.processes}")
     runs = chosen(args)
     if not runs:
-        print("error: no run passes these filters", file=sys.stderr)
-        raise SystemExit(2)
+        fail("no run passes these filters")
+    for run in runs:
+        check_command(run, args)
     if args.dry_run:
         for run in runs:
             print(shlex.join(command(run, args)), *["  # done"] * is_done(run, args))

@@ -5,7 +5,9 @@
 
 Scores are fractions of the teacher's return, task by task and seed by seed. Over tasks and seeds they are aggregated by
 the geometric mean, as in the paper, and by the interquartile mean (Agarwal et al. 2021); intervals are 95% by bootstrap
-over seeds, stratified by task, and need more than one seed. A cell without runs stays empty.
+over seeds, stratified by task, and need more than one seed. The cells of a row rest on the same tasks and seeds: those
+that all methods of the row have; seeds whose teacher's return is not positive count nowhere. A cell without runs stays
+empty.
 Source of the paper's numbers: paper_tables.csv, from Spigler, "Proximal Policy Distillation", TMLR 2025 (2407.15134).
 """
 
@@ -51,11 +53,11 @@ def load(folder: Path) -> pd.DataFrame:
     return pd.concat([runs, ones.assign(experiment="lambda")], ignore_index=True)
 
 
-def paper_value(table: int, suite: str, size: str, method: str, env: str = "all") -> str:
+def paper_value(table: int, suite: str, size: str, method: str, env: str = "all", split: str = "test") -> str:
     """A cell of the paper's tables, or nothing."""
     known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
     found = known[(known.table == table) & (known.suite == suite) & (known["size"] == size) & (known.method == method)
-                  & (known.env == env) & (known.split == ("train" if table == 8 else "test"))]
+                  & (known.env == env) & (known.split == split)]
     return "" if found.empty else f"{found.value.iloc[0]:g}"
 
 
@@ -74,29 +76,41 @@ def interquartile_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
     return scipy.stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis)
 
 
-def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> np.ndarray:
-    """A player's return over its teacher's, [seeds, tasks]: the seeds that all of these tasks have.
+def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> list[np.ndarray]:
+    """A player's return over its teacher's: of each task, those of its seeds; ValueError if one is there twice.
 
     Of Atari it is human-normalised scores that are compared, as in the paper, whose Table 1 follows from Table 5 so.
     """
+    if rows.duplicated(["task", "seed"]).any():
+        raise ValueError(f"several runs of a task and seed: {rows[rows.duplicated(['task', 'seed'])].command.iloc[0]}")
     kind = "human_normalised" if set(rows.suite) == {"atari"} else f"{split}mean"
-    rows = rows.assign(fraction=rows[f"{player}_{kind}"] / rows[f"teacher_{kind}"])
-    return rows.pivot_table(index="seed", columns="task", values="fraction").dropna().to_numpy()
+    rows = rows[rows[f"teacher_{kind}"] > 0]
+    rows = rows.assign(fraction=rows[f"{player}_{kind}"] / rows[f"teacher_{kind}"]).dropna(subset="fraction")
+    return [each.to_numpy() for _, each in rows.groupby("task").fraction]
 
 
 def aggregate(rows: pd.DataFrame, player: str = "student", split: str = "") -> dict[str, str]:
     """Geometric mean, interquartile mean and number of runs, as cells; intervals where there is more than one seed."""
     scores = fractions(rows, player, split)
-    if not scores.size:
+    if not scores:
         return {"geometric": "", "iqm": "", "runs": ""}
-    cells = {"runs": f"{scores.shape[1]} × {scores.shape[0]}"}
+    seeds = sorted({len(each) for each in scores})
+    cells = {"runs": f"{len(scores)} × {seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "")}
     for name, statistic in (("geometric", geometric_mean), ("iqm", interquartile_mean)):
-        cells[name] = f"{statistic(*scores.T):.2f}"
-        if len(scores) > 1:  # each task's seeds are drawn apart
-            found = scipy.stats.bootstrap(tuple(scores.T), statistic, method="percentile", n_resamples=5000,
+        cells[name] = f"{statistic(*scores):.2f}"
+        if seeds[0] > 1:  # each task's seeds are drawn apart
+            found = scipy.stats.bootstrap(tuple(scores), statistic, method="percentile", n_resamples=5000,
                                           random_state=np.random.default_rng(0)).confidence_interval
             cells[name] += f" [{found.low:.2f}, {found.high:.2f}]"
     return cells
+
+
+def comparable(parts: dict) -> dict:
+    """Rows of several methods or λ, of each only the tasks and seeds that all have, but for those without any run."""
+    known = [set(zip(rows.task, rows.seed, strict=True)) for rows in parts.values() if len(rows)]
+    common = set.intersection(*known) if known else set()
+    return {name: rows[np.array([x in common for x in zip(rows.task, rows.seed, strict=True)], bool)]
+            for name, rows in parts.items()}
 
 
 def returns(rows: pd.DataFrame, player: str, split: str = "") -> str:
@@ -118,16 +132,26 @@ def markdown(header: list[str], table: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def methods_table(runs: pd.DataFrame, suite: str, statistic: str) -> str:
-    """Table 1: students of every size and method, as a fraction of their teachers."""
+def by_method(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each method that can be compared."""
+    return comparable({name: runs[runs.method == name] for name in METHODS})
+
+
+def number_of_runs(cells: dict[str, dict[str, str]]) -> str:
+    """The cell that says how many tasks and seeds the others of its row rest on, the same for all with runs."""
+    return next((cell["runs"] for cell in cells.values() if cell["runs"]), "")
+
+
+def methods_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "") -> str:
+    """Table 1 (on Procgen's training levels Table 7): students of every size, as a fraction of their teachers."""
     header = ["students", *METHODS, "tasks × seeds", "the paper's td, sd, ppd"]
     runs, table = runs[(runs.experiment == "methods") & (runs.suite == suite)], []
+    number, known = (7, "train") if split else (1, "test")
     for size in SIZES:
-        cells = {name: aggregate(runs[(runs["size"] == size) & (runs.method == name)]) for name in METHODS}
-        paper = [paper_value(1, "all" if suite == "gymnax" else suite, size, name) for name in METHODS.values()]
-        table.append([size, *(cells[name][statistic] for name in METHODS),
-                      ", ".join(dict.fromkeys(cell["runs"] for cell in cells.values() if cell["runs"])),
-                      ", ".join(paper)])
+        cells = {name: aggregate(rows, split=split) for name, rows in by_method(runs[runs["size"] == size]).items()}
+        paper = [paper_value(number, "all" if suite == "gymnax" else suite, size, name, split=known)
+                 for name in METHODS.values()]
+        table.append([size, *(cell[statistic] for cell in cells.values()), number_of_runs(cells), ", ".join(paper)])
     return markdown(header, table)
 
 
@@ -136,14 +160,15 @@ def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str =
     runs = runs[(runs.experiment == "imperfect") & (runs.suite == suite)]
     header, table = ["", "corrupted teacher", *METHODS, "tasks × seeds", "the paper's corrupted, td, sd, ppd"], []
     for task in ("all", *sorted(runs.task.unique())):
-        each = runs if task == "all" else runs[runs.task == task]
-        corrupted = aggregate(each[each.method == "ppd"], "corrupted_teacher", split)
-        cells = [aggregate(each[each.method == name], "student", split) for name in METHODS]
-        number = {"train_": 8}.get(split, 2 if task == "all" else 6)
+        parts = by_method(runs if task == "all" else runs[runs.task == task])
+        taught = pd.concat(parts.values()).drop_duplicates(["task", "seed"])
+        corrupted = aggregate(taught, "corrupted_teacher", split)
+        cells = {name: aggregate(rows, split=split) for name, rows in parts.items()}
+        number, levels = (8, "train") if split else (2 if task == "all" else 6, "test")
         known = "atari" if suite == "gymnax" and task == "all" else suite
-        paper = [paper_value(number, known, *x, env=paper_name(task)) for x in
+        paper = [paper_value(number, known, *x, env=paper_name(task), split=levels) for x in
                  (("teacher", "corrupted"), *(("larger", name) for name in METHODS.values()))]
-        table.append([task, corrupted[statistic], *(cell[statistic] for cell in cells), corrupted["runs"],
+        table.append([task, corrupted[statistic], *(cell[statistic] for cell in cells.values()), number_of_runs(cells),
                       ", ".join(filter(None, paper))])
     return markdown(header, table)
 
@@ -155,7 +180,7 @@ def paper_name(task: str) -> str:
 
 
 def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
-    """Table 5 (Procgen on its training levels: Table 7's by task): returns of teachers and students."""
+    """Table 5: returns of teachers and students."""
     runs = runs[(runs.experiment == "methods") & (runs.suite == suite)]
     names = [(size, name) for size in SIZES for name in METHODS]
     header = ["task", "teacher", *(f"{size}, {METHODS[name]}" for size, name in names)]
@@ -166,9 +191,10 @@ def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
                  for size, name in names]
         teachers = each.drop_duplicates("seed")
         table.append([task, returns(teachers, "teacher", split), *cells])
-        paper = [paper_value(5, suite, "teacher", "ppo", paper_name(task)),
-                 *(paper_value(5, suite, size, METHODS[name], paper_name(task)) for size, name in names)]
-        if any(paper) and not split:
+        levels = "train" if split else "test"
+        paper = [paper_value(5, suite, size, name, paper_name(task), levels)
+                 for size, name in (("teacher", "ppo"), *((size, METHODS[name]) for size, name in names))]
+        if any(paper):
             table.append(["the paper's", *paper])
     return markdown(header, table)
 
@@ -176,9 +202,10 @@ def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
 def lambda_table(runs: pd.DataFrame, suite: str) -> str:
     """The λ study: larger students by PPD, as a fraction of their teachers."""
     runs = runs[(runs.experiment == "lambda") & (runs.suite == suite)]
-    tasks, table = sorted(runs.task.unique()), []
-    for value in sorted(runs.distill_coef.unique()):
-        each = runs[runs.distill_coef == value]
+    parts = comparable({value: runs[runs.distill_coef == value] for value in sorted(runs.distill_coef.unique())})
+    runs, table = pd.concat(parts.values()), []
+    tasks = sorted(runs.task.unique())
+    for value, each in parts.items():
         found = aggregate(each)
         table.append([f"{value:g}" + (" (PPO)" if value == 0 else ""), found["geometric"], found["iqm"],
                       *(returns(each[each.task == task], "student") for task in tasks)])
@@ -209,11 +236,15 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
         for i, (value, label) in enumerate(labels.items()):
             each = runs[(runs.task == task) & (runs[column] == value)]
             found = [curve_of(folder, run) for _, run in each.iterrows() if run.method != "teacher-distill"]
-            if found:
-                by_step = pd.concat(found).dropna().groupby("global_step")["charts/episodic_return"]
-                mean, spread = by_step.mean(), by_step.std().fillna(0.0)
-                axis.plot(mean.index, mean, color=f"C{i}", label=label)
-                axis.fill_between(mean.index, mean - spread, mean + spread, color=f"C{i}", alpha=0.2, linewidth=0)
+            found = [curve for curve in found if len(curve)]
+            if found:  # seeds are interpolated to the steps of the first, where all have begun and none has ended
+                steps = found[0].index
+                steps = steps[(steps >= max(x.index[0] for x in found)) & (steps <= min(x.index[-1] for x in found))]
+                values = np.array([np.interp(steps, curve.index, curve) for curve in found])
+                marker = "." if len(steps) < 10 else None
+                axis.plot(steps, values.mean(0), color=f"C{i}", label=label, marker=marker)
+                axis.fill_between(steps, values.mean(0) - values.std(0), values.mean(0) + values.std(0), color=f"C{i}",
+                                  alpha=0.2, linewidth=0)
             if len(each):
                 axis.errorbar(each.steps.max() * (1.04 + 0.03 * i), each.student_mean.mean(),
                               each.student_mean.std() if len(each) > 1 else None, color=f"C{i}", marker="o", capsize=2,
@@ -234,19 +265,20 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
     return True
 
 
-def curve_of(folder: Path, run: pd.Series) -> pd.DataFrame:
-    """The thinned learning curve of the student of a row."""
+def curve_of(folder: Path, run: pd.Series) -> pd.Series:
+    """The thinned learning curve of the student of a row: returns by environment step, from its first episode's end."""
     experiment = "methods" if run.experiment == "lambda" and run.distill_coef == 1 else run.experiment
     first = run.seed if run.suite != "gymnax" else "*"
     coef = f"__{run.distill_coef:g}" if experiment == "lambda" and run.suite != "gymnax" else ""
-    found = []
-    for path in (folder / "curves").glob(f"{experiment}__{run.task}__{run.method}__{run['size']}__{first}{coef}.csv"):
+    name, curve = f"{experiment}__{run.task}__{run.method}__{run['size']}__{first}{coef}.csv", pd.DataFrame()
+    for path in sorted((folder / "curves").glob(name)):
         curve = pd.read_csv(path)
         if run.suite == "gymnax":
             curve = curve[(curve.phase == "student") & (curve.seed == run.seed)]
             curve = curve[curve.distill_coef == run.distill_coef] if experiment == "lambda" else curve
-        found.append(curve[["global_step", "charts/episodic_return"]])
-    return pd.concat(found) if found else pd.DataFrame({"global_step": [], "charts/episodic_return": []})
+        if len(curve):
+            break
+    return curve.set_index("global_step")["charts/episodic_return"].dropna() if len(curve) else pd.Series(dtype=float)
 
 
 def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
@@ -294,8 +326,11 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                 f"{name}: larger students by PPD with several λ; returns: mean ± standard deviation over seeds\n\n"
                 + lambda_table(runs, suite))
         if suite == "procgen":
+            found["procgen-train-methods"] = (
+                f"{name}, training levels: students as a fraction of their teachers, geometric mean (Table 7)\n\n"
+                + methods_table(runs, suite, "geometric", "train_"))
             found["procgen-train-returns"] = (
-                f"{name}, training levels: returns (Table 7)\n\n" + returns_table(runs, suite, "train_"))
+                f"{name}, training levels: returns (Table 5)\n\n" + returns_table(runs, suite, "train_"))
             found["procgen-train-imperfect"] = (
                 f"{name}, training levels: corrupted teachers (Table 8)\n\n"
                 + imperfect_table(runs, suite, "geometric", "train_"))

@@ -1,6 +1,7 @@
 """The grid of experiments and its report: the paper's runs, done once each, and tables that say what the runs gave."""
 
 import csv
+import dataclasses
 import itertools
 import math
 import os
@@ -167,10 +168,47 @@ def test_the_report_gives_what_the_rows_say_and_leaves_the_rest_empty(tmp_path, 
     _, _, td, sd, ppd, runs, paper, _ = (cell.strip() for cell in line.split("|"))
     assert (td, ppd, runs, paper) == ("", "0.90 [0.90, 0.90]", "2 × 3", "0.96, 1, 1.01")
     mean, low, high = map(float, re.findall(r"[\d.]+", sd))
-    scores = report.fractions(report.load(tmp_path).query("method == 'student-distill'"))
-    assert scores.shape == (3, 2) and mean == pytest.approx(math.exp(np.log(scores).mean()), abs=0.0051)
+    scores = np.array(report.fractions(report.load(tmp_path).query("method == 'student-distill'")))
+    assert scores.shape == (2, 3) and mean == pytest.approx(math.exp(np.log(scores).mean()), abs=0.0051)
     assert scores.min() <= low < mean < high <= scores.max() + 0.0051
     assert "| the paper's | 3574 |" in text
+
+
+def test_cells_of_a_row_rest_on_the_same_runs():
+    """Freeway has no teacher-distill and a teacher that scores nothing; a method without any run takes nothing away."""
+    rows = pd.DataFrame([{"suite": "gymnax", "task": task, "seed": seed, "method": method, "teacher_mean": teacher, "student_mean": 1.0}
+                         for task, seed, teacher in (("Breakout", 1, 2.0), ("Breakout", 2, 4.0), ("Freeway", 1, 0.0), ("Freeway", 2, 1.0))
+                         for method in ("ppd", "teacher-distill") if (task, method) != ("Freeway", "teacher-distill")])
+    assert [x.tolist() for x in report.fractions(rows[rows.method == "ppd"])] == [[0.5, 0.25], [1.0]]
+    assert report.aggregate(rows[rows.method == "ppd"])["runs"] == "2 × 1 to 2"
+    parts = report.by_method(rows)
+    assert [len(parts[name]) for name in report.METHODS] == [2, 0, 2]
+    with pytest.raises(ValueError, match="several runs"):
+        report.fractions(pd.concat([rows, rows]).assign(command="python x"))
+
+
+def test_rows_of_a_run_take_the_place_of_all_its_older_ones(tmp_path, monkeypatch):
+    run, args = grid.Run("methods", "gymnax", "Breakout-MinAtar", "ppd", "same", 100), grid.Args(folder=tmp_path)
+    (tmp_path / run.name).mkdir()
+    (tmp_path / run.name / "progress.csv").write_text("phase,seed,distill_coef,global_step,charts/episodic_return\nstudent,100,1.0,1,2.0\n")
+    about = {"experiment": "methods", "suite": "gymnax", "task": run.task, "method": "ppd", "size": "same"}
+    for seeds, coef in ((5, 1.0), (2, 2.0)):
+        monkeypatch.setattr(grid, "rows", lambda *_, n=seeds, c=coef: [about | {"seed": 100 + i, "distill_coef": c} for i in range(n)])
+        grid.record(run, args)
+    assert [row["distill_coef"] for row in table(tmp_path / "results/gymnax.csv")] == ["2.0", "2.0"]
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"gymnax.csv", "curves"}
+
+
+def test_a_folder_of_other_commands_is_refused(tmp_path, capsys):
+    run, args = grid.Run("teachers", "gymnax", "Breakout-MinAtar", "ppo", "same", 100), grid.Args(folder=tmp_path)
+    (tmp_path / f"{run.name}.command").write_text(grid.known_command(run, args))
+    grid.check_command(run, grid.Args(folder=tmp_path / "."))
+    for args in (grid.Args(folder=tmp_path, miniature=True), grid.Args(folder=tmp_path, extra="--gamma 0.9")):
+        with pytest.raises(SystemExit):
+            grid.main(dataclasses.replace(args, suite=("gymnax",), experiment=("teachers",), task=("Breakout-MinAtar",)))
+        assert "by another command" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        grid.main(grid.Args(folder=tmp_path, processes=0))
 
 
 def test_the_readme_is_what_the_report_makes_of_the_results():
@@ -188,6 +226,8 @@ def test_committed_rows_are_whole():
             rows = list(csv.DictReader(file))
         assert rows and list(rows[0]) == grid.COLUMNS
         assert len({tuple(row[name] for name in grid.KEY) for row in rows}) == len(rows)
+        teachers = {(row["task"], row["seed"], row["teacher_mean"]) for row in rows}
+        assert len(teachers) == len({teacher[:2] for teacher in teachers})  # all of a task and seed had the same one
         for row in rows:
             assert row["suite"] == path.stem and row["teacher_mean"] and row["command"].startswith("python ") and "/tmp" not in row["command"]
             assert (row["student_mean"] != "") == (row["method"] != "ppo")
