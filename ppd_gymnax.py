@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -1330,7 +1330,6 @@ def fit(
             bar.update(part_steps * len(runs))
             save(part)
             if signals:
-                log.close()
                 stop(folder, signals[0])
     return jax.tree.map(lambda x: np.asarray(x)[: len(runs)], state)
 
@@ -1391,23 +1390,23 @@ def main(args: Args) -> dict[str, float]:
     log = Log(folder, args, saved["num_rows"] if saved else 0)
     timing = saved["timing"] if saved else {"seconds": 0.0}
 
-    if teacher is None and saved and saved["phase"] == "student":
-        teacher = as_frozen(saved["teacher"])
-    elif teacher is None:
-        state = fit(args, teacher_networks, None, None, saved, folder, log, timing)
-        teacher = Frozen(state.params, state.obs_stats)
-    players = {"teacher": teacher}
-    if args.teacher_noise_std:
-        policies = [corrupt(jax.tree.map(lambda x, i=i: x[i], teacher.params["policy"]), args.teacher_noise_std,
-                            args.teacher_noise_seed + i) for i in range(args.num_seeds)]
-        players["corrupted_teacher"] = teacher._replace(params=teacher.params | {"policy": stack(policies)})
-    networks, students = make_networks(args.env_id, args.network, teacher_networks), None
-    if args.method != "ppo":
-        taught = players.get("corrupted_teacher", teacher)
-        state = fit(args, networks, taught, teacher, saved, folder, log, timing)
-        students = Frozen(state.params, state.obs_stats)
+    with closing(log):
+        if teacher is None and saved and saved["phase"] == "student":
+            teacher = as_frozen(saved["teacher"])
+        elif teacher is None:
+            state = fit(args, teacher_networks, None, None, saved, folder, log, timing)
+            teacher = Frozen(state.params, state.obs_stats)
+        players = {"teacher": teacher}
+        if args.teacher_noise_std:
+            policies = [corrupt(jax.tree.map(lambda x, i=i: x[i], teacher.params["policy"]), args.teacher_noise_std,
+                                args.teacher_noise_seed + i) for i in range(args.num_seeds)]
+            players["corrupted_teacher"] = teacher._replace(params=teacher.params | {"policy": stack(policies)})
+        networks, students = make_networks(args.env_id, args.network, teacher_networks), None
+        if args.method != "ppo":
+            taught = players.get("corrupted_teacher", teacher)
+            state = fit(args, networks, taught, teacher, saved, folder, log, timing)
+            students = Frozen(state.params, state.obs_stats)
     with catch_signals(partial(stop, folder)):
-        log.close()
         return finish(args, networks, players, students, folder, timing)
 
 

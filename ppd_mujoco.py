@@ -26,7 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -1045,7 +1045,7 @@ def main(args: Args) -> dict[str, float]:
     before = timing["seconds"]
     if not saved:
         save_checkpoint(folder, args, 0, state, cursor, timing, log, known)
-    with progress_bar(args, first) as bar, catch_signals() as signals:
+    with closing(log), progress_bar(args, first) as bar, catch_signals() as signals:
         for number in range(first + 1, args.num_updates + 1):
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, networks.policy.action_dim))
             policy_step = partial(act, networks.policy, state.params["policy"], teacher.obs_stats, noise)
@@ -1069,10 +1069,8 @@ def main(args: Args) -> dict[str, float]:
             if (last := number == args.num_updates or bool(signals)) or number % args.checkpoint_every == 0:
                 save_checkpoint(folder, args, number, state, cursor, timing, log, known)
             if last and signals:
-                log.close()
                 stop(folder, signals[0])
     with catch_signals(partial(stop, folder)):
-        log.close()
         envs.close()
         return finish(args, networks, state, teacher, original, folder, timing)
 

@@ -25,7 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -1154,7 +1154,7 @@ def main(args: Args) -> dict[str, float]:
     before, since = timing["seconds"], []
     if not saved:
         save_checkpoint(folder, args, 0, state, cursor, timing, log, known)
-    with progress_bar(args, first) as bar, catch_signals() as signals:
+    with closing(log), progress_bar(args, first) as bar, catch_signals() as signals:
         for number in range(first + 1, args.num_updates + 1):
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, networks.policy.action_dim), states)
             # The teacher acts
@@ -1185,10 +1185,8 @@ def main(args: Args) -> dict[str, float]:
             if number % args.checkpoint_every == 0 or last:
                 save_checkpoint(folder, args, number, state, cursor, timing, log, known)
             if last and signals:  # not one that came since, without a checkpoint
-                log.close()
                 stop(folder, signals[0])
     with catch_signals(partial(stop, folder)):
-        log.close()
         envs.close()
         return finish(args, networks, state, teacher, original, shape, folder, timing)
 
