@@ -251,7 +251,7 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
                               markersize=4, linestyle="none", label=f"{label}, evaluated")
         teachers = runs[runs.task == task].drop_duplicates("seed").teacher_mean
         axis.axhline(teachers.mean(), linestyle="--", color="black", linewidth=1, label="teacher, evaluated")
-        axis.set(title=task, xlabel="environment steps", ylabel="episodic return")
+        axis.set(title=task, xlabel="environment steps", ylabel="episodic return", xlim=(0, None))
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     for axis in axes.flat[len(tasks):]:
         axis.axis("off")

@@ -85,10 +85,11 @@ def test_filters_choose_runs_and_the_teachers_they_lack(capsys):
 
 
 def start_grid(folder, extra, *flags):
-    words = [sys.executable, "benchmark/grid.py", "--suite", "gymnax", "--task", "Breakout-MinAtar", "--size", "same", "--folder", str(folder)]
+    words = ["env", "--default-signal=INT",  # which is ignored where the tests run in the background
+             sys.executable, "benchmark/grid.py", "--suite", "gymnax", "--task", "Breakout-MinAtar", "--size", "same", "--folder", str(folder)]
     env = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen([*words, f"--extra={extra}", *flags], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in the background
+                            start_new_session=True)
 
 
 def table(path):
