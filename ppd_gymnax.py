@@ -39,7 +39,6 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 import distrax
 import flax
 import flax.linen as nn
-import gymnax
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -301,6 +300,8 @@ def resolve(args: Args) -> Args:
 
 def check_task(env_id: str) -> None:
     """Ends the program for a task that gymnax does not have, naming those like it."""
+    import gymnax  # not before: its import makes JAX settle its devices
+
     known = [name for name in gymnax.registered_envs if name != "MNISTBandit-bsuite"]  # that one downloads its images
     if env_id not in known:
         near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3) or known
@@ -310,6 +311,8 @@ def check_task(env_id: str) -> None:
 @cache
 def make_env(env_id: str) -> tuple[Any, Any]:
     """The environment, which holds no state, and its parameters."""
+    import gymnax  # not before: its import makes JAX settle its devices
+
     return gymnax.make(env_id)
 
 

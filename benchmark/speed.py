@@ -51,9 +51,9 @@ class Args:
     """also write every round's figures to this file"""
 
 
-def environment_rate(env_id: str, num_envs: int, seconds: float = 2.0) -> float:
-    """Steps per second of the environments alone, with random actions drawn beforehand."""
-    envs = train_teacher.make_envs(env_id, num_envs, seed=1)
+def environment_rate(env_id: str, num_envs: int, seconds: float = 2.0) -> tuple[float, int, int]:
+    """Steps per second of the environments alone, with random actions drawn beforehand; sizes of states and actions."""
+    envs = ppd_mujoco.make_envs(env_id, num_envs, seed=1)
     space, rng = envs.action_space, np.random.default_rng(0)
     actions = rng.uniform(space.low, space.high, (64, num_envs, *space.shape))
     envs.reset()
@@ -66,7 +66,7 @@ def environment_rate(env_id: str, num_envs: int, seconds: float = 2.0) -> float:
         steps += actions.shape[0] * num_envs
     rate = steps / (time.perf_counter() - began)
     envs.close()
-    return rate
+    return rate, envs.observation_space.shape[0], space.shape[0]
 
 
 def matrix_rate(size: int = 2048, repeats: int = 20) -> float:
@@ -110,10 +110,10 @@ def main(args: Args) -> dict[str, float]:
     """Measures and prints; returns the medians."""
     rounds = []
     for number in range(args.rounds):
-        environment, matrix = environment_rate(args.env_id, 18), matrix_rate()
+        environment, inputs, actions = environment_rate(args.env_id, 18)
+        matrix = matrix_rate()
         rate, flags = script_rate(args)
-        envs = train_teacher.make_envs(args.env_id, 1, 0)
-        operations = operations_per_step(flags, envs.observation_space.shape[0], envs.action_space.shape[0])
+        operations = operations_per_step(flags, inputs, actions)
         limit = 1 / (1 / environment + operations / matrix)
         rounds.append({"environment": environment, "matrix": matrix, "script": rate, "limit": limit,
                        "share": rate / limit})

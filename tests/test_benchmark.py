@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import itertools
+import json
 import math
 import os
 import re
@@ -134,6 +135,18 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path):
     out = began.communicate(timeout=200)[0]
     assert began.returncode == 1 and "0 of 2 runs are done" in out
     assert "--num-minibatches 7 does not divide" in out and "its teacher failed: teachers__Breakout-MinAtar__ppo__same__100" in out
+
+
+@pytest.mark.parametrize("words", [
+    ("speed.py", "--rounds", "1", "--timesteps", "2304", "--student-size", "smaller"),
+    ("speed_gymnax.py", "--env-id", "CartPole-v1", "--num-seeds", "1", "--rounds", "1", "--seconds", "0.01"),
+    ("resume.py", "--timesteps", "3200", "--num-steps", "16", "--seeds", "100", "--eval-episodes", "1", "--student-size", "smaller")])
+def test_the_other_benchmarks_run(words, tmp_path):
+    done = subprocess.run([sys.executable, f"benchmark/{words[0]}", *words[1:], "--json", tmp_path / "found.json"], cwd=ROOT, timeout=400,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["command"].startswith(f"python benchmark/{words[0]}") and ("medians" in found or "gymnax" in found or "resume" in found)
 
 
 def test_our_aggregate_of_the_papers_table_5_is_its_table_1():

@@ -356,6 +356,14 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(tmp_path):
     assert a == b
 
 
+def test_every_core_is_a_device():
+    """Importing what the script imports must not settle JAX's devices before --device and the number of cores do."""
+    program = "import os, jax, ppd_gymnax as m; m.choose_device('cpu'); print(len(jax.devices()) == len(os.sched_getaffinity(0)))"
+    env = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_five_seeds_do_not_hang(tmp_path):
     """Batched orthogonal initialisation under vmap hangs for ever on two cores; the time limit would show it."""
     flags = ["--num-seeds", "5", "--teacher-timesteps", "8192", "--total-timesteps", "8192", "--eval-episodes", "2"]
