@@ -53,11 +53,11 @@ def load(folder: Path) -> pd.DataFrame:
     return pd.concat([runs, ones.assign(experiment="lambda")], ignore_index=True)
 
 
-def paper_value(table: int, suite: str, size: str, method: str, env: str = "all", split: str = "test") -> str:
+def paper_value(table: int, suite: str, size: str, method: str, env: str = "all", split: str = "") -> str:
     """A cell of the paper's tables, or nothing."""
     known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
     found = known[(known.table == table) & (known.suite == suite) & (known["size"] == size) & (known.method == method)
-                  & (known.env == env) & (known.split == split)]
+                  & (known.env == env) & (known.split == ("train" if split else "test"))]
     return "" if found.empty else f"{found.value.iloc[0]:g}"
 
 
@@ -81,8 +81,9 @@ def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> l
 
     Of Atari it is human-normalised scores that are compared, as in the paper, whose Table 1 follows from Table 5 so.
     """
-    if rows.duplicated(["task", "seed"]).any():
-        raise ValueError(f"several runs of a task and seed: {rows[rows.duplicated(['task', 'seed'])].command.iloc[0]}")
+    again = rows[rows.duplicated(["task", "seed"])]
+    if len(again):
+        raise ValueError(f"several runs of a task and seed: {again.command.iloc[0]}")
     kind = "human_normalised" if set(rows.suite) == {"atari"} else f"{split}mean"
     rows = rows[rows[f"teacher_{kind}"] > 0]
     rows = rows.assign(fraction=rows[f"{player}_{kind}"] / rows[f"teacher_{kind}"]).dropna(subset="fraction")
@@ -146,10 +147,10 @@ def methods_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "
     """Table 1 (on Procgen's training levels Table 7): students of every size, as a fraction of their teachers."""
     header = ["students", *METHODS, "tasks × seeds", "the paper's td, sd, ppd"]
     runs, table = runs[(runs.experiment == "methods") & (runs.suite == suite)], []
-    number, known = (7, "train") if split else (1, "test")
+    number = 7 if split else 1
     for size in SIZES:
         cells = {name: aggregate(rows, split=split) for name, rows in by_method(runs[runs["size"] == size]).items()}
-        paper = [paper_value(number, "all" if suite == "gymnax" else suite, size, name, split=known)
+        paper = [paper_value(number, "all" if suite == "gymnax" else suite, size, name, split=split)
                  for name in METHODS.values()]
         table.append([size, *(cell[statistic] for cell in cells.values()), number_of_runs(cells), ", ".join(paper)])
     return markdown(header, table)
@@ -164,9 +165,9 @@ def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str =
         taught = pd.concat(parts.values()).drop_duplicates(["task", "seed"])
         corrupted = aggregate(taught, "corrupted_teacher", split)
         cells = {name: aggregate(rows, split=split) for name, rows in parts.items()}
-        number, levels = (8, "train") if split else (2 if task == "all" else 6, "test")
+        number = 8 if split else 2 if task == "all" else 6
         known = "atari" if suite == "gymnax" and task == "all" else suite
-        paper = [paper_value(number, known, *x, env=paper_name(task), split=levels) for x in
+        paper = [paper_value(number, known, *x, env=paper_name(task), split=split) for x in
                  (("teacher", "corrupted"), *(("larger", name) for name in METHODS.values()))]
         table.append([task, corrupted[statistic], *(cell[statistic] for cell in cells.values()), number_of_runs(cells),
                       ", ".join(filter(None, paper))])
@@ -191,8 +192,7 @@ def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
                  for size, name in names]
         teachers = each.drop_duplicates("seed")
         table.append([task, returns(teachers, "teacher", split), *cells])
-        levels = "train" if split else "test"
-        paper = [paper_value(5, suite, size, name, paper_name(task), levels)
+        paper = [paper_value(5, suite, size, name, paper_name(task), split)
                  for size, name in (("teacher", "ppo"), *((size, METHODS[name]) for size, name in names))]
         if any(paper):
             table.append(["the paper's", *paper])
