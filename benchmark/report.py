@@ -12,6 +12,7 @@ Source of the paper's numbers: paper_tables.csv, from Spigler, "Proximal Policy 
 """
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -76,31 +77,34 @@ def interquartile_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
     return scipy.stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis)
 
 
-def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> list[np.ndarray]:
-    """A player's return over its teacher's: of each task, those of its seeds; ValueError if one is there twice.
+def scores(rows: pd.DataFrame, player: str, split: str = "") -> pd.Series:
+    """What is compared: mean returns, but of Atari human-normalised scores, as the paper's Tables 1 and 5 do."""
+    names = [f"{player}_{split}mean", f"{player}_human_normalised"]
+    means, normalised = (column for _, column in rows.reindex(columns=names).astype(float).items())
+    return means.where(rows.suite != "atari", normalised)
 
-    Of Atari it is human-normalised scores that are compared, as in the paper, whose Table 1 follows from Table 5 so.
-    """
+
+def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> list[np.ndarray]:
+    """A player's score over its teacher's: of each task, those of its seeds; ValueError if one is there twice."""
     again = rows[rows.duplicated(["task", "seed"])]
     if len(again):
         raise ValueError(f"several runs of a task and seed: {again.command.iloc[0]}")
-    kind = "human_normalised" if set(rows.suite) == {"atari"} else f"{split}mean"
-    rows = rows[rows[f"teacher_{kind}"] > 0]
-    rows = rows.assign(fraction=rows[f"{player}_{kind}"] / rows[f"teacher_{kind}"]).dropna(subset="fraction")
-    return [each.to_numpy() for _, each in rows.groupby("task").fraction]
+    teachers = scores(rows, "teacher", split)
+    found = rows.assign(fraction=scores(rows, player, split) / teachers)[teachers > 0].dropna(subset="fraction")
+    return [each.to_numpy() for _, each in found.groupby("task").fraction]
 
 
 def aggregate(rows: pd.DataFrame, player: str = "student", split: str = "") -> dict[str, str]:
     """Geometric mean, interquartile mean and number of runs, as cells; intervals where there is more than one seed."""
-    scores = fractions(rows, player, split)
-    if not scores:
+    parts = fractions(rows, player, split)
+    if not parts:
         return {"geometric": "", "iqm": "", "runs": ""}
-    seeds = sorted({len(each) for each in scores})
-    cells = {"runs": f"{len(scores)} × {seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "")}
+    seeds = sorted({len(each) for each in parts})
+    cells = {"runs": f"{len(parts)} × {seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "")}
     for name, statistic in (("geometric", geometric_mean), ("iqm", interquartile_mean)):
-        cells[name] = f"{statistic(*scores):.2f}"
+        cells[name] = f"{statistic(*parts):.2f}"
         if seeds[0] > 1:  # each task's seeds are drawn apart
-            found = scipy.stats.bootstrap(tuple(scores), statistic, method="percentile", n_resamples=5000,
+            found = scipy.stats.bootstrap(tuple(parts), statistic, method="percentile", n_resamples=5000,
                                           random_state=np.random.default_rng(0)).confidence_interval
             cells[name] += f" [{found.low:.2f}, {found.high:.2f}]"
     return cells
@@ -116,7 +120,7 @@ def comparable(parts: dict) -> dict:
 
 def returns(rows: pd.DataFrame, player: str, split: str = "") -> str:
     """Mean return (of Atari human-normalised) and, of several seeds, its standard deviation over them, as a cell."""
-    values = rows[f"{player}_human_normalised" if set(rows.suite) == {"atari"} else f"{player}_{split}mean"].dropna()
+    values = scores(rows, player, split).dropna()
     digits = 0 if values.empty or abs(values.mean()) >= 100 else 1 if abs(values.mean()) >= 10 else 2
     spread = f" ± {values.std():,.{digits}f}" if len(values) > 1 else ""
     return "" if values.empty else f"{values.mean():,.{digits}f}{spread}"
@@ -133,6 +137,17 @@ def markdown(header: list[str], table: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def means(statistic: str) -> str:
+    """What the heading of the paper's numbers adds where ours beside them are not geometric means."""
+    return "" if statistic == "geometric" else " (geometric means)"
+
+
+def spread(rows: pd.DataFrame) -> str:
+    """What a return and its spread in a table or figure are."""
+    seeds = sorted(set(rows.seed))
+    return "mean ± standard deviation over seeds" if len(seeds) > 1 else f"one seed ({seeds[0]})"
+
+
 def by_method(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows of each method that can be compared."""
     return comparable({name: runs[runs.method == name] for name in METHODS})
@@ -140,12 +155,32 @@ def by_method(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def number_of_runs(cells: dict[str, dict[str, str]]) -> str:
     """The cell that says how many tasks and seeds the others of its row rest on, the same for all with runs."""
-    return next((cell["runs"] for cell in cells.values() if cell["runs"]), "")
+    return next((cell["runs"] for cell in cells.values() if cell["runs"]), "not run")
+
+
+def overview_table(runs: pd.DataFrame, statistic: str) -> str:
+    """Table 1 whole: students as a fraction of their teachers, of each suite of the paper and of all together."""
+    paper_header = f"the paper's teacher, td, sd, ppd{means(statistic)}"
+    header = ["suite", "students", "teacher", *METHODS, "tasks × seeds", paper_header]
+    runs, table = runs[(runs.experiment == "methods") & runs.suite.isin(CURVE_FIGURES)], []
+    for suite, size in itertools.product((*CURVE_FIGURES, "all"), SIZES):
+        each = runs[runs["size"] == size]
+        parts = by_method(each[each.suite == suite] if suite != "all" else each)
+        cells = {name: aggregate(rows) for name, rows in parts.items()}
+        taught = pd.concat(parts.values())
+        if suite == "all" and set(taught.suite) != set(CURVE_FIGURES):  # a mean over some of them would mislead
+            cells = {name: aggregate(taught[:0]) for name in METHODS}
+        values = scores(taught.drop_duplicates(["task", "seed"]), "teacher")
+        teacher = "" if values.empty or suite == "all" else f"{values.mean():,.2f}"
+        paper = [paper_value(1, suite, "teacher", "ppo"), *(paper_value(1, suite, size, x) for x in METHODS.values())]
+        table.append([suite, size, teacher, *(cell[statistic] for cell in cells.values()), number_of_runs(cells),
+                      ", ".join(filter(None, paper))])
+    return markdown(header, table)
 
 
 def methods_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "") -> str:
     """Table 1 (on Procgen's training levels Table 7): students of every size, as a fraction of their teachers."""
-    header = ["students", *METHODS, "tasks × seeds", "the paper's td, sd, ppd"]
+    header = ["students", *METHODS, "tasks × seeds", f"the paper's td, sd, ppd{means(statistic)}"]
     runs, table = runs[(runs.experiment == "methods") & (runs.suite == suite)], []
     number = 7 if split else 1
     for size in SIZES:
@@ -159,7 +194,8 @@ def methods_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "
 def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "") -> str:
     """Table 2 (Tables 6 and 8 by task): larger students of corrupted teachers, as a fraction of the uncorrupted."""
     runs = runs[(runs.experiment == "imperfect") & (runs.suite == suite)]
-    header, table = ["", "corrupted teacher", *METHODS, "tasks × seeds", "the paper's corrupted, td, sd, ppd"], []
+    paper_header = f"the paper's corrupted, td, sd, ppd{means(statistic)}"
+    header, table = ["", "corrupted teacher", *METHODS, "tasks × seeds", paper_header], []
     for task in ("all", *sorted(runs.task.unique())):
         parts = by_method(runs if task == "all" else runs[runs.task == task])
         taught = pd.concat(parts.values()).drop_duplicates(["task", "seed"])
@@ -230,8 +266,8 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
     lines = -(-len(tasks) // columns) if tasks else 0
     if not lines:
         return False
-    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.9 * lines + 0.6), squeeze=False,
-                                layout="constrained")
+    width = max(5.6, 3.6 * columns)  # room for two columns of the legend
+    figure, axes = plt.subplots(lines, columns, figsize=(width, 2.9 * lines + 0.6), squeeze=False, layout="constrained")
     for axis, task in zip(axes.flat, tasks, strict=False):
         for i, (value, label) in enumerate(labels.items()):
             each = runs[(runs.task == task) & (runs[column] == value)]
@@ -258,7 +294,9 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
     handles = {}
     for axis in axes.flat:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=-(-len(handles) // 2))
+    columns = min(-(-len(handles) // 2), int(width // 2.2))
+    figure.set_figheight(figure.get_figheight() + 0.22 * (-(-len(handles) // columns) - 2))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
     figure.suptitle(title)
     figure.savefig(folder / name, dpi=110)
     plt.close(figure)
@@ -288,12 +326,12 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
         each = runs[(runs.suite == suite) & (runs["size"] == "larger")]
         name, title = f"figure{CURVE_FIGURES.get(suite, 1)}_{suite}.png", f"{SUITES[suite]}: larger students"
         if curves(folder, each[each.experiment == "methods"], "method", {x: x for x in METHODS}, name, title):
-            shown.append(f"![{title}, mean ± standard deviation over seeds]({name})")
+            shown.append(f"![{title}, {spread(each)}]({name})")
         studied, name = each[each.experiment == "lambda"], f"figure2_{suite}.png"
         labels = {x: f"λ = {x:g}" for x in sorted(studied.distill_coef.unique())}
         title = f"{SUITES[suite]}: larger students by PPD with several λ"
         if curves(folder, studied, "distill_coef", labels, name, title):
-            shown.append(f"![{title}, mean ± standard deviation over seeds]({name})")
+            shown.append(f"![{title}, {spread(each)}]({name})")
     return shown
 
 
@@ -305,16 +343,21 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
 def sections(runs: pd.DataFrame) -> dict[str, str]:
     """Every table by its name, with a caption."""
     found = {}
+    if set(runs[runs.experiment == "methods"].suite) & set(CURVE_FIGURES):
+        found["overview"] = ("Students as a fraction of their teachers, geometric mean (Table 1)\n\n"
+                             + overview_table(runs, "geometric"))
+        found["overview-iqm"] = "The same, interquartile mean\n\n" + overview_table(runs, "iqm")
     for suite in (suite for suite in SUITES if suite in set(runs.suite)):
         kinds, name = set(runs[runs.suite == suite].experiment), SUITES[suite]
-        if "methods" in kinds:
+        if "methods" in kinds and suite not in CURVE_FIGURES:
             found[f"{suite}-methods"] = (
                 f"{name}: students as a fraction of their teachers, geometric mean (Table 1)\n\n"
                 + methods_table(runs, suite, "geometric"))
             found[f"{suite}-methods-iqm"] = (
                 f"{name}: the same, interquartile mean\n\n" + methods_table(runs, suite, "iqm"))
+        if "methods" in kinds:
             found[f"{suite}-returns"] = (
-                f"{name}: returns, mean ± standard deviation over seeds (Table 5)\n\n" + returns_table(runs, suite))
+                f"{name}: returns, {spread(runs[runs.suite == suite])} (Table 5)\n\n" + returns_table(runs, suite))
         if "imperfect" in kinds:
             found[f"{suite}-imperfect"] = (
                 f"{name}: larger students of corrupted teachers, as a fraction of the uncorrupted, geometric mean "
@@ -323,7 +366,7 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                 f"{name}: the same, interquartile mean\n\n" + imperfect_table(runs, suite, "iqm"))
         if "lambda" in kinds:
             found[f"{suite}-lambda"] = (
-                f"{name}: larger students by PPD with several λ; returns: mean ± standard deviation over seeds\n\n"
+                f"{name}: larger students by PPD with several λ; returns: {spread(runs[runs.suite == suite])}\n\n"
                 + lambda_table(runs, suite))
         if suite == "procgen":
             found["procgen-train-methods"] = (
