@@ -59,6 +59,8 @@ class Args:
     """episodes, one for each of as many environments; the paper's: 50, but 200 on Procgen; on gymnax 100"""
     seed: int = 0
     """seed of the environments, environment i takes seed + i; a run's own evaluation used that run's seed"""
+    contact_forces: bool | None = None
+    """observe contact forces (Humanoid); by default as in training"""
     json: str | None = None
     """also write every episode's return to this file"""
     video: str | None = None
@@ -147,6 +149,7 @@ class Variant(NamedTuple):
     frame_skip: int | None  # Atari
     start_level: int | None  # Procgen
     num_levels: int | None  # Procgen
+    contact_forces: bool | None = None  # Humanoid
 
 
 def make_variant(path: str, flags: dict) -> Variant:
@@ -156,7 +159,7 @@ def make_variant(path: str, flags: dict) -> Variant:
     for name, (_, low, high) in known.items():
         if type(values[name]) is not int or not low <= values[name] <= high:
             fail(f"{path} was trained with a {name} of {values[name]!r}, which cannot be")
-    return Variant(**values)
+    return Variant(**values, contact_forces=flags.get("contact_forces") is True)
 
 
 def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
@@ -164,15 +167,18 @@ def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
 
     Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
     life ends an episode, but not the game. Procgen: 64x64 coloured images of num_levels levels from start_level on, but
-    in evaluation of all later ones; train_levels evaluates on those of training.
+    in evaluation of all later ones; train_levels evaluates on those of training. Humanoid: without contact forces the
+    84 numbers that give them in an observation are 0, as they are in envpool unless it is told otherwise.
     """
-    suite, (frame_skip, first, levels) = suite_of(env_id), variant
+    suite, (frame_skip, first, levels, contact_forces) = suite_of(env_id), variant
     if suite == "atari":
         return {"frame_skip": frame_skip, "max_episode_steps": 108_000 // frame_skip,
                 "episodic_life": split == "training"}
     if suite == "procgen" and split == "evaluation":
         return {"start_level": first + levels, "num_levels": 2**31 - 1 - first - levels}
-    return {"start_level": first, "num_levels": levels} if suite == "procgen" else {}
+    if suite == "procgen":
+        return {"start_level": first, "num_levels": levels}
+    return {"post_constraint": bool(contact_forces)} if env_id.startswith("Humanoid") else {}
 
 
 def make_envs(env_id: str, num_envs: int, seed: int, split: Split, variant: Variant) -> Any:
@@ -644,6 +650,8 @@ def main(args: Args) -> dict[str, float]:
         load_opengl()
     check_fit(args.model, model, policy)
     variant = make_variant(args.model, flags)
+    if args.contact_forces is not None:
+        variant = variant._replace(contact_forces=args.contact_forces)
     if gymnax:
         evaluation = assess_gymnax(policy, frozen, env_id, args.episodes or 100, args.seed)
     else:

@@ -61,6 +61,8 @@ class Task:
     takes seed + i, so seeds of one study should lie further apart than --num-envs and --eval-episodes"""
     total_timesteps: int = 2_000_000
     """environment steps in all, rounded up to whole rollouts; envpool's reset steps count, as everywhere"""
+    contact_forces: bool | None = None
+    """observe contact forces (Humanoid); by default as the teacher did"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """where the networks run, also of a resumed run; gpu is an error where there is none"""
 
@@ -245,9 +247,14 @@ def task_shape(env_id: str) -> tuple[list[int], int]:
     return list(spec.gymnasium_observation_space.shape), int(space.shape[0] if space.shape else space.n)
 
 
-def make_envs(env_id: str, num_envs: int, seed: int) -> Any:
-    """Vectorised environments; the seed is given here because envpool ignores reset(seed=)."""
-    return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed)
+def make_envs(env_id: str, num_envs: int, seed: int, contact_forces: bool | None = None) -> Any:
+    """Vectorised environments; the seed is given here because envpool ignores reset(seed=).
+
+    Humanoid: without contact forces the 84 numbers that give them in an observation are 0, as they are in envpool
+    unless it is told otherwise.
+    """
+    options = {"post_constraint": bool(contact_forces)} if env_id.startswith("Humanoid") else {}
+    return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **options)
 
 
 def reset(envs: Any) -> np.ndarray:
@@ -864,7 +871,7 @@ def evaluate(envs: Any, policy_step: Callable) -> np.ndarray:
 
 def assess(args: Args, policy: Policy, frozen: Frozen) -> dict[str, Any]:
     """The paper's evaluation of a policy: deterministic actions in --eval-episodes environments of their own seeds."""
-    envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed)
+    envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed, args.contact_forces)
     returns = evaluate(envs, lambda x, t: act_deterministic(policy, frozen.params, frozen.obs_stats, x))
     return {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
 
@@ -958,7 +965,7 @@ def restore_state(args: Args, saved: dict, state: TrainState, cursor: Cursor, te
 
 
 def load_teacher(args: Args) -> tuple[Args, Policy, Frozen]:
-    """The teacher's network and what is frozen of it; the task, where no flag names it, is the teacher's."""
+    """The teacher's network and what is frozen of it; the task is the teacher's, where no flag says otherwise."""
     if args.env_id is None and args.teacher is None:
         args = dataclasses.replace(args, env_id="Hopper-v4")
     if args.env_id is not None:
@@ -974,7 +981,10 @@ def load_teacher(args: Args) -> tuple[Args, Policy, Frozen]:
         check_task(model["env_id"])
     if (found := (list(model["observation_shape"]), policy.action_dim)) != (needed := task_shape(model["env_id"])):
         fail(f"{path} is for observations and actions of {found}; those of {model['env_id']} are {needed}")
-    return dataclasses.replace(args, env_id=model["env_id"]), policy, teacher
+    args = dataclasses.replace(args, env_id=model["env_id"])
+    if args.contact_forces is None and args.env_id.startswith("Humanoid"):
+        args = dataclasses.replace(args, contact_forces=model["args"].get("contact_forces") is True)
+    return args, policy, teacher
 
 
 def make_folder(args: Args) -> Path:
@@ -1031,7 +1041,7 @@ def main(args: Args) -> dict[str, float]:
     teacher = original._replace(params=corrupt(original.params, args.teacher_noise_std, args.teacher_noise_seed))
     first, known = saved["updates"] if saved else 0, fingerprint(original)
     seed = (args.seed + first * args.num_envs) % EVAL_SEED  # going on, it plays new games
-    envs = make_envs(args.env_id, args.num_envs, seed)
+    envs = make_envs(args.env_id, args.num_envs, seed, args.contact_forces)
     networks = Networks(Policy(args.hidden, teacher_policy.action_dim), Value(args.hidden), teacher_policy)
     state, cursor = init_state(args, networks, envs.observation_space.shape[0]), start(envs)
     if saved:

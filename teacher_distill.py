@@ -75,6 +75,7 @@ class Variant(NamedTuple):
     frame_skip: int | None  # Atari
     start_level: int | None  # Procgen
     num_levels: int | None  # Procgen
+    contact_forces: bool | None = None  # Humanoid
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Task:
     """first level to learn on (Procgen); by default the teacher's"""
     num_levels: int | None = None
     """levels to learn on (Procgen); all later ones are for the test; by default as many as the teacher learned on"""
+    contact_forces: bool | None = None
+    """observe contact forces (Humanoid); by default as the teacher did"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """where the networks run, also of a resumed run; gpu is an error where there is none"""
 
@@ -176,7 +179,7 @@ class Args(Output, Regression, Distillation, Task):
     @property
     def variant(self) -> Variant:
         """How the task is played."""
-        return Variant(self.frame_skip, self.start_level, self.num_levels)
+        return Variant(self.frame_skip, self.start_level, self.num_levels, self.contact_forces)
 
     @property
     def batch_size(self) -> int:
@@ -288,15 +291,18 @@ def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
 
     Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
     life ends an episode, but not the game. Procgen: 64x64 coloured images of num_levels levels from start_level on, but
-    in evaluation of all later ones; train_levels evaluates on those of training.
+    in evaluation of all later ones; train_levels evaluates on those of training. Humanoid: without contact forces the
+    84 numbers that give them in an observation are 0, as they are in envpool unless it is told otherwise.
     """
-    suite, (frame_skip, first, levels) = suite_of(env_id), variant
+    suite, (frame_skip, first, levels, contact_forces) = suite_of(env_id), variant
     if suite == "atari":
         return {"frame_skip": frame_skip, "max_episode_steps": 108_000 // frame_skip,
                 "episodic_life": split == "training"}
     if suite == "procgen" and split == "evaluation":
         return {"start_level": first + levels, "num_levels": 2**31 - 1 - first - levels}
-    return {"start_level": first, "num_levels": levels} if suite == "procgen" else {}
+    if suite == "procgen":
+        return {"start_level": first, "num_levels": levels}
+    return {"post_constraint": bool(contact_forces)} if env_id.startswith("Humanoid") else {}
 
 
 def make_envs(env_id: str, num_envs: int, seed: int, split: Split, variant: Variant) -> Any:
@@ -1043,7 +1049,7 @@ def inherit(args: Args, names: tuple[str, ...], model: dict, path: Path) -> Args
 def load_teacher(args: Args) -> tuple[Args, Networks, Frozen, dict]:
     """The networks of student and teacher, the teacher's policy and its value's parameters.
 
-    The task, the frame skip and the levels, where no flag names them, are the teacher's.
+    The task and how it is played are the teacher's, where no flag says otherwise.
     """
     if args.env_id is None and args.teacher is None:
         args = dataclasses.replace(args, env_id="Hopper-v4")
@@ -1069,6 +1075,8 @@ def load_teacher(args: Args) -> tuple[Args, Networks, Frozen, dict]:
         fail(f"{path} holds no value network to learn from: {type(error).__name__} {error}")
     played = {"atari": ("frame_skip",), "procgen": ("start_level", "num_levels"), "mujoco": ()}[suite]
     args = inherit(dataclasses.replace(args, env_id=model["env_id"]), played, model, path)
+    if args.contact_forces is None and args.env_id.startswith("Humanoid"):
+        args = dataclasses.replace(args, contact_forces=model["args"].get("contact_forces") is True)
     networks = Networks(Policy(args.network, policy.action_dim), Value(args.network), policy, teacher_value)
     return args, networks, teacher, value
 

@@ -76,6 +76,7 @@ class Variant(NamedTuple):
     frame_skip: int | None  # Atari
     start_level: int | None  # Procgen
     num_levels: int | None  # Procgen
+    contact_forces: bool | None = None  # Humanoid
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Task:
     """first level to learn on (Procgen)"""
     num_levels: int = 200
     """levels to learn on (Procgen); all later ones are for the test"""
+    contact_forces: bool | None = None
+    """observe contact forces (Humanoid), as in Gym, by default; envpool's own default gives zeros"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """where the networks run, also of a resumed run; gpu is an error where there is none"""
 
@@ -171,7 +174,7 @@ class Args(Output, PPO, Task):
     @property
     def variant(self) -> Variant:
         """How the task is played."""
-        return Variant(self.frame_skip, self.start_level, self.num_levels)
+        return Variant(self.frame_skip, self.start_level, self.num_levels, self.contact_forces)
 
     @property
     def batch_size(self) -> int:
@@ -190,7 +193,8 @@ PAPER = {
     "mujoco": {"total_timesteps": 10_000_000, "num_steps": 512, "ent_coef": 0.0, "eval_episodes": 50},
     "procgen": {"total_timesteps": 30_000_000, "num_steps": 512, "ent_coef": 0.01, "eval_episodes": 200},
 }
-PAPER_TASKS = {"Hopper": {"num_steps": 256, "ent_coef": 0.01}, "Swimmer": {"num_steps": 256, "ent_coef": 0.01}}
+PAPER_TASKS = {"Hopper": {"num_steps": 256, "ent_coef": 0.01}, "Swimmer": {"num_steps": 256, "ent_coef": 0.01},
+               "Humanoid": {"contact_forces": True}, "HumanoidStandup": {"contact_forces": True}}
 
 # Flags that must lie in a range, both ends included
 RANGES = {
@@ -288,15 +292,18 @@ def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
 
     Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
     life ends an episode, but not the game. Procgen: 64x64 coloured images of num_levels levels from start_level on, but
-    in evaluation of all later ones; train_levels evaluates on those of training.
+    in evaluation of all later ones; train_levels evaluates on those of training. Humanoid: without contact forces the
+    84 numbers that give them in an observation are 0, as they are in envpool unless it is told otherwise.
     """
-    suite, (frame_skip, first, levels) = suite_of(env_id), variant
+    suite, (frame_skip, first, levels, contact_forces) = suite_of(env_id), variant
     if suite == "atari":
         return {"frame_skip": frame_skip, "max_episode_steps": 108_000 // frame_skip,
                 "episodic_life": split == "training"}
     if suite == "procgen" and split == "evaluation":
         return {"start_level": first + levels, "num_levels": 2**31 - 1 - first - levels}
-    return {"start_level": first, "num_levels": levels} if suite == "procgen" else {}
+    if suite == "procgen":
+        return {"start_level": first, "num_levels": levels}
+    return {"post_constraint": bool(contact_forces)} if env_id.startswith("Humanoid") else {}
 
 
 def make_envs(env_id: str, num_envs: int, seed: int, split: Split, variant: Variant) -> Any:

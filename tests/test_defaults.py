@@ -1,7 +1,7 @@
 """The paper's default of every hyperparameter, for every task and script, in one table (appendix A)."""
 
 import pytest
-from conftest import needs_procgen
+from conftest import ROOT, needs_procgen
 
 import ppd_atari
 import ppd_mujoco
@@ -30,7 +30,7 @@ def teacher(env_id):
     return PPO | suite_flags(env_id) | {
         "num_steps": steps, "num_minibatches": 18 * steps // 512, "gamma": 0.995, "size": "same", "frame_skip": 4, "start_level": 0,
         "num_levels": 200, "ent_coef": 0.01 if env_id in (*ATARI, *PROCGEN, *SLOW) else 0.0,
-        "total_timesteps": 30_000_000 if env_id in PROCGEN else 10_000_000}
+        "total_timesteps": 30_000_000 if env_id in PROCGEN else 10_000_000, "contact_forces": True if env_id == "Humanoid-v4" else None}
 
 
 def ppd(env_id):
@@ -59,7 +59,7 @@ def test_the_table_covers_every_flag_of_learning(m):
     table = {name for script, _, expected in TABLE if script is m for name in expected}
     others = {"env_id", "seed", "device", "teacher", "run_dir", "resume", "checkpoint_every", "log_every", "track", "wandb_project_name",
               "wandb_entity", "teacher_noise_seed", "hidden", "channels", "student_hidden", "student_channels"}
-    inherited = set() if m is train_teacher else {"frame_skip", "start_level", "num_levels"}  # from the teacher's file
+    inherited = set() if m is train_teacher else {"frame_skip", "start_level", "num_levels", "contact_forces"}  # from the teacher's file
     assert set(m.Args.__dataclass_fields__) - table - others - inherited == set()
 
 
@@ -75,3 +75,14 @@ def test_a_student_plays_as_its_teacher_did(env_id, flags, teachers, tmp_path):
         assert all(getattr(args, name) == value for name, value in flags.items() if hasattr(args, name))
         asked = m.load_teacher(m.Args(teacher=str(tmp_path / "teacher"), **({"frame_skip": 2} if hasattr(args, "frame_skip") else {})))[0]
         assert getattr(asked, "frame_skip", 2) == 2
+
+
+@pytest.mark.parametrize("m", [ppd_mujoco, student_distill, teacher_distill])
+def test_a_student_feels_the_contact_forces_that_its_teacher_felt(m, tmp_path):
+    """The shipped teacher of Humanoid learned before there was the flag, from zeros in their place."""
+    model = train_teacher.load_tree(ROOT / "teachers/Humanoid-v4__100.msgpack", "model")
+    for told, expected in (({}, False), ({"contact_forces": True}, True), ({"contact_forces": "yes"}, False)):
+        train_teacher.save_tree(tmp_path / "teacher", "model", model | {"args": model["args"] | told})
+        assert m.load_teacher(m.Args(teacher=str(tmp_path / "teacher")))[0].contact_forces is expected
+        assert m.load_teacher(m.Args(teacher=str(tmp_path / "teacher"), contact_forces=True))[0].contact_forces is True
+    assert m.load_teacher(m.Args(env_id="Hopper-v4"))[0].contact_forces is None

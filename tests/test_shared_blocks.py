@@ -42,7 +42,7 @@ GYMNAX = {"Log", "check_finite", "choose_device", "collect", "compute_gae", "dis
 GYMNAX_FLAGS = {"device", "distill_coef", "learning_rate", "num_envs", "num_minibatches", "seed", "teacher", "teacher_noise_seed"}
 # Flags whose default, and with it the docstring, is each script's own
 DIFFERENT_FLAGS = {"env_id", "num_steps", "gamma", "ent_coef", "run_dir", "total_timesteps", "eval_episodes", "student_size",
-                   "frame_skip", "start_level", "num_levels"}
+                   "frame_skip", "start_level", "num_levels", "contact_forces"}
 SECTIONS = ["Arguments", "Environments", "Networks", "Mathematics", "Jitted steps", "Files", "Evaluation", "Main"]
 
 
