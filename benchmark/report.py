@@ -121,9 +121,14 @@ def comparable(parts: dict) -> dict:
 def returns(rows: pd.DataFrame, player: str, split: str = "") -> str:
     """Mean return (of Atari human-normalised) and, of several seeds, its standard deviation over them, as a cell."""
     values = scores(rows, player, split).dropna()
-    digits = 0 if values.empty or abs(values.mean()) >= 100 else 1 if abs(values.mean()) >= 10 else 2
-    spread = f" ± {values.std():,.{digits}f}" if len(values) > 1 else ""
-    return "" if values.empty else f"{values.mean():,.{digits}f}{spread}"
+    spread = f" ± {number(values.std(), values.mean())}" if len(values) > 1 else ""
+    return "" if values.empty else f"{number(values.mean())}{spread}"
+
+
+def number(value: float, size: float | None = None) -> str:
+    """A number in a cell, with as many digits as suit one of this size, or its own."""
+    size = abs(value if size is None else size)
+    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
 
 
 # ======================================================================================================================
@@ -171,7 +176,7 @@ def overview_table(runs: pd.DataFrame, statistic: str) -> str:
         if suite == "all" and set(taught.suite) != set(CURVE_FIGURES):  # a mean over some of them would mislead
             cells = {name: aggregate(taught[:0]) for name in METHODS}
         values = scores(taught.drop_duplicates(["task", "seed"]), "teacher")
-        teacher = "" if values.empty or suite == "all" else f"{values.mean():,.2f}"
+        teacher = "" if values.empty or suite == "all" else number(values.mean())
         paper = [paper_value(1, suite, "teacher", "ppo"), *(paper_value(1, suite, size, x) for x in METHODS.values())]
         table.append([suite, size, teacher, *(cell[statistic] for cell in cells.values()), number_of_runs(cells),
                       ", ".join(filter(None, paper))])
@@ -349,10 +354,11 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
         found["overview-iqm"] = "The same, interquartile mean\n\n" + overview_table(runs, "iqm")
     for suite in (suite for suite in SUITES if suite in set(runs.suite)):
         kinds, name = set(runs[runs.suite == suite].experiment), SUITES[suite]
-        if "methods" in kinds and suite not in CURVE_FIGURES:
+        if "methods" in kinds:
             found[f"{suite}-methods"] = (
                 f"{name}: students as a fraction of their teachers, geometric mean (Table 1)\n\n"
                 + methods_table(runs, suite, "geometric"))
+        if "methods" in kinds and suite not in CURVE_FIGURES:  # those are in the overview
             found[f"{suite}-methods-iqm"] = (
                 f"{name}: the same, interquartile mean\n\n" + methods_table(runs, suite, "iqm"))
         if "methods" in kinds:

@@ -33,6 +33,8 @@ def test_every_result_stands_in_the_readme_as_it_was_measured(path):
         figures, lines = [f"{x['first']:.3f} to {x['last']:.3f}" for x in result["kl"].values()], rows(result["env_id"])
     elif "resume" in result:  # benchmark/resume.py
         figures, lines = [f"{mean:.3f}" for mean in result["means"].values()], README.splitlines()
+    elif "median" in result:  # evaluate.py
+        figures, lines = [f"{result['mean']:,.0f} ± {result['std']:,.0f}"], README.splitlines()
     else:
         whom = ("student", "teacher") if "student" in result else ("teacher",)
         figures = [f"{result[name]['mean']:,.0f} ± {result[name]['std']:,.0f}" for name in whom]
