@@ -651,6 +651,8 @@ def main(args: Args) -> dict[str, float]:
     check_fit(args.model, model, policy)
     variant = make_variant(args.model, flags)
     if args.contact_forces is not None:
+        if not env_id.startswith("Humanoid"):
+            fail(f"--contact-forces is for Humanoid; {env_id} has none to choose")
         variant = variant._replace(contact_forces=args.contact_forces)
     if gymnax:
         evaluation = assess_gymnax(policy, frozen, env_id, args.episodes or 100, args.seed)

@@ -195,6 +195,8 @@ def resolve(args: Args) -> Args:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+    if args.contact_forces is not None and not args.env_id.startswith("Humanoid"):
+        fail(f"--contact-forces is for Humanoid; {args.env_id} has none to choose")
     if not 1 <= len(args.hidden) <= MAX_LAYERS or not all(1 <= width <= 65_536 for width in args.hidden):
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers of 1 to 65536 units, not {args.hidden}")
     if args.num_minibatches is None:

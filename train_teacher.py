@@ -230,6 +230,8 @@ def resolve(args: Args) -> Args:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+    if args.contact_forces is not None and not args.env_id.startswith("Humanoid"):
+        fail(f"--contact-forces is for Humanoid; {args.env_id} has none to choose")
     if suite == "mujoco" and args.channels is not None:
         fail(f"--channels is for networks of images; {args.env_id} has states")
     layers = args.network.channels + args.network.hidden

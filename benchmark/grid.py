@@ -336,11 +336,11 @@ def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
     On this machine each has cores of its own; on Slurm all that are ready become one array.
     """
     executor, local = make_executor(args), args.executor == "local"
+    waiting, running, failed = [run for run in runs if not is_done(run, args)], {}, {}
     available = sorted(os.sched_getaffinity(0))
-    processes = min(args.processes or len(available), len(available))
+    processes = max(1, min(args.processes or len(available), len(available), len(waiting)))
     free = [available[i::processes] for i in range(processes)]
     gpus = {name: os.environ[name] for name in GPUS if name in os.environ} if local else {}
-    waiting, running, failed = [run for run in runs if not is_done(run, args)], {}, {}
     bar = tqdm(total=len(runs), unit=" runs", initial=len(runs) - len(waiting),
                bar_format="{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}{postfix}]",
                mininterval=0.5 if sys.stderr.isatty() else 60.0)
