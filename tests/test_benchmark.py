@@ -140,13 +140,18 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path):
 @pytest.mark.parametrize("words", [
     ("speed.py", "--rounds", "1", "--timesteps", "2304", "--student-size", "smaller"),
     ("speed_gymnax.py", "--env-id", "CartPole-v1", "--num-seeds", "1", "--rounds", "1", "--seconds", "0.01"),
+    ("detached.py", "--timesteps", "2304", "--seeds", "100", "--eval-episodes", "1", "--folder", "{folder}"),
     ("resume.py", "--timesteps", "3200", "--num-steps", "16", "--seeds", "100", "--eval-episodes", "1", "--student-size", "smaller")])
 def test_the_other_benchmarks_run(words, tmp_path):
+    words = [word.format(folder=tmp_path / "runs") for word in words]
     done = subprocess.run([sys.executable, f"benchmark/{words[0]}", *words[1:], "--json", tmp_path / "found.json"], cwd=ROOT, timeout=400,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["command"].startswith(f"python benchmark/{words[0]}") and ("medians" in found or "gymnax" in found or "resume" in found)
+    assert found["command"].startswith(f"python benchmark/{words[0]}") and {"medians", "gymnax", "resume", "detached"} & set(found)
+    if words[0] == "detached.py":
+        (coupled,), (detached,) = found["detached"].values()
+        assert coupled["kl"][0] == pytest.approx(detached["kl"][0], rel=0.2) and coupled["kl"] != detached["kl"]
 
 
 def test_our_table_1_of_the_papers_table_5_is_its_table_1():

@@ -1,0 +1,91 @@
+"""PPD beside PPD without the gradient through its ratio: copies ppd_mujoco.py, changes one line of the loss, runs both.
+
+    python benchmark/detached.py --json benchmark/results/detached/HalfCheetah-v4.json
+
+The distillation term is KL(teacher || student) max(r, 1-ε). Its KL is the same for all actions in a state, so at r = 1
+the gradient through r is 0 in expectation over the actions: what a minibatch has of it is noise of the size of the KL.
+A run that is done is not repeated.
+"""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+LINE = '"distill_loss": kl * jnp.maximum(ratio, 1.0 - clip_coef),'
+CHANGED = '"distill_loss": kl * jax.lax.stop_gradient(jnp.maximum(ratio, 1.0 - clip_coef)),'
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """All flags of this program."""
+
+    env_id: str = "HalfCheetah-v4"
+    """task, of which a teacher is shipped"""
+    student_size: str = "smaller"
+    """size of the students"""
+    seeds: tuple[int, ...] = (100, 200, 300)
+    """seeds of the students; the teacher is the shipped one of seed 100"""
+    timesteps: int = 2_000_000
+    """environment steps of each run"""
+    eval_episodes: int = 50
+    """episodes of each evaluation"""
+    folder: Path = Path("runs/detached")
+    """where the runs and the changed copy go"""
+    json: str | None = None
+    """also write the figures to this file"""
+
+
+def change(folder: Path) -> Path:
+    """A copy of ppd_mujoco.py with the changed line."""
+    source = (ROOT / "ppd_mujoco.py").read_text()
+    if source.count(LINE) != 1:
+        raise SystemExit(f"error: ppd_mujoco.py has no longer the line {LINE}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "ppd_detached.py"
+    path.write_text(source.replace(LINE, CHANGED))
+    return path
+
+
+def distil(args: Args, script: Path, seed: int) -> dict:
+    """Distils one student, unless that is done; what it came to, and its KL divergence at quarters of the run."""
+    run = args.folder / f"{script.stem}__{args.env_id}__{args.student_size}__{seed}"
+    if not (run / "results.json").exists():
+        flags = {"env-id": args.env_id, "seed": seed, "student-size": args.student_size, "run-dir": run,
+                 "total-timesteps": args.timesteps, "eval-episodes": args.eval_episodes,
+                 "teacher": ROOT / f"teachers/{args.env_id}__100.msgpack"}
+        words = [sys.executable, str(script), *(str(x) for name, value in flags.items() for x in (f"--{name}", value))]
+        subprocess.run(words, check=True)
+    result = json.loads((run / "results.json").read_text())
+    if (steps := result["args"]["total_timesteps"]) != args.timesteps:
+        raise SystemExit(f"error: {run} is a run of {steps:,} steps; name another --folder")
+    with open(run / "progress.csv", newline="") as file:
+        curve = [float(row["losses/teacher_kl"]) for row in csv.DictReader(file)]
+    return {"seed": seed, "ratio": result["ratio"], "student": result["student"], "teacher": result["teacher"]["mean"],
+            "kl": [curve[(len(curve) - 1) * quarter // 4] for quarter in range(1, 5)], "versions": result["versions"]}
+
+
+def main(args: Args) -> dict:
+    """Runs what is missing and prints the figures; returns what the file has."""
+    scripts = {"ppd": ROOT / "ppd_mujoco.py", "detached": change(args.folder)}
+    found = {name: [distil(args, script, seed) for seed in args.seeds] for name, script in scripts.items()}
+    print(f"\n{args.env_id}, {args.student_size} students, {args.timesteps:,} steps; seeds {args.seeds}")
+    for name, runs in found.items():
+        ratios = ", ".join(f"{x['ratio']:.3f}" for x in runs)
+        kl = [sum(quarter) / len(runs) for quarter in zip(*(x["kl"] for x in runs), strict=True)]
+        print(f"{name:<9} student / teacher {ratios}; mean KL at quarters {', '.join(f'{x:.2f}' for x in kl)}")
+    about = {"command": " ".join(["python benchmark/detached.py", *sys.argv[1:]]), "env_id": args.env_id,
+             "student_size": args.student_size, "timesteps": args.timesteps, "detached": found}
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(about, indent=2) + "\n")
+    return about
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
