@@ -4,12 +4,13 @@
 
 The distillation term is KL(teacher || student) max(r, 1-ε). Its KL is the same for all actions in a state, so at r = 1
 the gradient through r is 0 in expectation over the actions: what a minibatch has of it is noise of the size of the KL.
-A run that is done is not repeated.
+A run that is done is not repeated, one that was cut off is resumed.
 """
 
 import csv
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +60,13 @@ def distil(args: Args, script: Path, seed: int) -> dict:
         flags = {"env-id": args.env_id, "seed": seed, "student-size": args.student_size, "run-dir": run,
                  "total-timesteps": args.timesteps, "eval-episodes": args.eval_episodes,
                  "teacher": ROOT / f"teachers/{args.env_id}__100.msgpack"}
+        if any(run.glob("checkpoint*.msgpack")):
+            flags = {"resume": run}
+        else:  # it ended before its first checkpoint, or has not begun
+            shutil.rmtree(run, ignore_errors=True)
         words = [sys.executable, str(script), *(str(x) for name, value in flags.items() for x in (f"--{name}", value))]
-        subprocess.run(words, check=True)
+        if subprocess.run(words).returncode != 0:
+            raise SystemExit(f"error: the run in {run} failed")
     result = json.loads((run / "results.json").read_text())
     if (steps := result["args"]["total_timesteps"]) != args.timesteps:
         raise SystemExit(f"error: {run} is a run of {steps:,} steps; name another --folder")
