@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,12 @@ def change(folder: Path) -> Path:
     return path
 
 
+def recent(values: list[float], fraction: float) -> float:
+    """The mean of the 20 values, or as many as there are, up to this fraction of all."""
+    last = max(1, round(fraction * len(values)))
+    return statistics.fmean(values[max(0, last - 20): last])
+
+
 def distil(args: Args, script: Path, seed: int) -> dict:
     """Distils one student, unless that is done; what it came to, and its KL divergence at quarters of the run."""
     run = args.folder / f"{script.stem}__{args.env_id}__{args.student_size}__{seed}"
@@ -73,7 +80,7 @@ def distil(args: Args, script: Path, seed: int) -> dict:
     with open(run / "progress.csv", newline="") as file:
         curve = [float(row["losses/teacher_kl"]) for row in csv.DictReader(file)]
     return {"seed": seed, "ratio": result["ratio"], "student": result["student"], "teacher": result["teacher"]["mean"],
-            "kl": [curve[(len(curve) - 1) * quarter // 4] for quarter in range(1, 5)], "versions": result["versions"]}
+            "kl": [recent(curve, quarter) for quarter in (0.25, 0.5, 0.75, 1.0)], "versions": result["versions"]}
 
 
 def main(args: Args) -> dict:
@@ -83,7 +90,7 @@ def main(args: Args) -> dict:
     print(f"\n{args.env_id}, {args.student_size} students, {args.timesteps:,} steps; seeds {args.seeds}")
     for name, runs in found.items():
         ratios = ", ".join(f"{x['ratio']:.3f}" for x in runs)
-        kl = [sum(quarter) / len(runs) for quarter in zip(*(x["kl"] for x in runs), strict=True)]
+        kl = map(statistics.fmean, zip(*(x["kl"] for x in runs), strict=True))
         print(f"{name:<9} student / teacher {ratios}; mean KL at quarters {', '.join(f'{x:.2f}' for x in kl)}")
     about = {"command": " ".join(["python benchmark/detached.py", *sys.argv[1:]]), "env_id": args.env_id,
              "student_size": args.student_size, "timesteps": args.timesteps, "detached": found}

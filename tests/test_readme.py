@@ -33,6 +33,11 @@ def test_every_result_stands_in_the_readme_as_it_was_measured(path):
         figures, lines = [f"{x['first']:.3f} to {x['last']:.3f}" for x in result["kl"].values()], rows(result["env_id"])
     elif "resume" in result:  # benchmark/resume.py
         figures, lines = [f"{mean:.3f}" for mean in result["means"].values()], README.splitlines()
+    elif "detached" in result:  # benchmark/detached.py
+        for runs in result["detached"].values():
+            ratios, kl = ([f"{x['ratio']:.3f}" for x in runs], [f"{sum(x) / len(x):.2f}" for x in zip(*(x["kl"] for x in runs), strict=True)])
+            assert any(f"| {', '.join(ratios)} | {', '.join(kl)} |" in line for line in README.splitlines()), (ratios, kl)
+        return
     elif "median" in result:  # evaluate.py
         figures, lines = [f"{result['mean']:,.0f} ± {result['std']:,.0f}"], README.splitlines()
     else:
