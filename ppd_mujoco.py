@@ -917,7 +917,9 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def change_args(args: Args, flags: dict) -> Args:
-    """The flags with those that a file holds; raises an exception for one that is unknown or of another type."""
+    """The flags of a file; raises an exception for one that is unknown, missing or of another type."""
+    if missing := [field.name for field in dataclasses.fields(args) if field.name not in flags]:
+        raise KeyError(missing[0])  # of a run before there was this flag, which its default might change
     args = dataclasses.replace(args, **{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
     for field in dataclasses.fields(args):
         if not fits(getattr(args, field.name), field.type):

@@ -57,7 +57,8 @@ BAD = [
     (train_teacher, "--run-dir {t}/below", "cannot create"),
     (train_teacher, "--resume {x}/nowhere", "cannot read {x}/nowhere/checkpoint.msgpack: No such file or directory"),
     (train_teacher, "--resume {x}/ppd", "is a run of ppd_mujoco.py; go on with that script"),
-    (train_teacher, "--resume {x}/older", "was made by another version of train_teacher.py"),
+    (train_teacher, "--resume {x}/older", "was made by another version of train_teacher.py (KeyError"),
+    (train_teacher, "--resume {x}/before", "was made by another version of train_teacher.py (KeyError 'contact_forces')"),
     (train_teacher, "--resume {x}/damaged", "{x}/damaged/checkpoint.msgpack is no checkpoint file of this project"),
     (train_teacher, "--num-envs 1 --num-steps 8 --num-minibatches 8", "into equal parts of at least 2"),
     (train_teacher, "--track", "--track needs Weights & Biases: pip install wandb"),
@@ -171,7 +172,9 @@ def spoiled(tiny_teacher, tmp_path_factory):
     m.save_tree(folder / "lacking", "model", {k: v for k, v in model.items() if k != "obs_stats"})
     m.save_tree(folder / "nameless", "model", {k: v for k, v in model.items() if k != "env_id"})
     m.save_tree(folder / "elsewhere", "model", model | {"env_id": "Hopper-v1"})
-    for name, checkpoint in (("ppd", {"script": "ppd_mujoco"}), ("older", {"script": "train_teacher", "args": {"gone": 1}})):
+    flags = {name: value for name, value in m.plain_args(m.Args()).items() if name != "contact_forces"}
+    for name, checkpoint in (("ppd", {"script": "ppd_mujoco"}), ("older", {"script": "train_teacher", "updates": 0, "args": {"gone": 1}}),
+                             ("before", {"script": "train_teacher", "updates": 0, "args": flags})):
         (folder / name).mkdir()
         m.save_tree(folder / name / "checkpoint.msgpack", "checkpoint", checkpoint)
     params = m.jax.tree.map(lambda x: np.full_like(x, np.inf), model["params"])
