@@ -38,8 +38,6 @@ def test_every_result_stands_in_the_readme_as_it_was_measured(path):
             ratios, kl = ([f"{x['ratio']:.3f}" for x in runs], [f"{sum(x) / len(x):.2f}" for x in zip(*(x["kl"] for x in runs), strict=True)])
             assert any(f"| {', '.join(ratios)} | {', '.join(kl)} |" in line for line in README.splitlines()), (ratios, kl)
         return
-    elif "median" in result:  # evaluate.py
-        figures, lines = [f"{result['mean']:,.0f} ± {result['std']:,.0f}"], README.splitlines()
     else:
         whom = ("student", "teacher") if "student" in result else ("teacher",)
         figures = [f"{result[name]['mean']:,.0f} ± {result[name]['std']:,.0f}" for name in whom]
