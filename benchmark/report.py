@@ -121,8 +121,8 @@ def comparable(parts: dict) -> dict:
 def returns(rows: pd.DataFrame, player: str, split: str = "") -> str:
     """Mean return (of Atari human-normalised) and, of several seeds, its standard deviation over them, as a cell."""
     values = scores(rows, player, split).dropna()
-    spread = f" ± {number(values.std(), values.mean())}" if len(values) > 1 else ""
-    return "" if values.empty else f"{number(values.mean())}{spread}"
+    deviation = f" ± {number(values.std(), values.mean())}" if len(values) > 1 else ""
+    return "" if values.empty else f"{number(values.mean())}{deviation}"
 
 
 def number(value: float, size: float | None = None) -> str:
@@ -171,11 +171,11 @@ def overview_table(runs: pd.DataFrame, statistic: str) -> str:
     for suite, size in itertools.product((*CURVE_FIGURES, "all"), SIZES):
         each = runs[runs["size"] == size]
         parts = by_method(each[each.suite == suite] if suite != "all" else each)
-        cells = {name: aggregate(rows) for name, rows in parts.items()}
-        taught = pd.concat(parts.values())
+        taught = pd.concat(parts.values()).drop_duplicates(["task", "seed"])
         if suite == "all" and set(taught.suite) != set(CURVE_FIGURES):  # a mean over some of them would mislead
-            cells = {name: aggregate(taught[:0]) for name in METHODS}
-        values = scores(taught.drop_duplicates(["task", "seed"]), "teacher")
+            parts = {name: rows[:0] for name, rows in parts.items()}
+        cells = {name: aggregate(rows) for name, rows in parts.items()}
+        values = scores(taught, "teacher")
         teacher = "" if values.empty or suite == "all" else number(values.mean())
         paper = [paper_value(1, suite, "teacher", "ppo"), *(paper_value(1, suite, size, x) for x in METHODS.values())]
         table.append([suite, size, teacher, *(cell[statistic] for cell in cells.values()), number_of_runs(cells),
@@ -358,10 +358,9 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
             found[f"{suite}-methods"] = (
                 f"{name}: students as a fraction of their teachers, geometric mean (Table 1)\n\n"
                 + methods_table(runs, suite, "geometric"))
-        if "methods" in kinds and suite not in CURVE_FIGURES:  # those are in the overview
-            found[f"{suite}-methods-iqm"] = (
-                f"{name}: the same, interquartile mean\n\n" + methods_table(runs, suite, "iqm"))
-        if "methods" in kinds:
+            if suite not in CURVE_FIGURES:  # those are in the overview
+                found[f"{suite}-methods-iqm"] = (
+                    f"{name}: the same, interquartile mean\n\n" + methods_table(runs, suite, "iqm"))
             found[f"{suite}-returns"] = (
                 f"{name}: returns, {spread(runs[runs.suite == suite])} (Table 5)\n\n" + returns_table(runs, suite))
         if "imperfect" in kinds:
