@@ -333,12 +333,13 @@ def make_executor(args: Args) -> submitit.AutoExecutor:
 def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
     """Executes runs side by side, a student after its teacher; returns the reasons of failures.
 
-    On this machine each has cores of its own; on Slurm all that are ready become one array.
+    On this machine each has cores of its own, as many whichever runs are done already, since the floats of a run depend
+    on their number; on Slurm all that are ready become one array.
     """
     executor, local = make_executor(args), args.executor == "local"
     waiting, running, failed = [run for run in runs if not is_done(run, args)], {}, {}
     available = sorted(os.sched_getaffinity(0))
-    processes = max(1, min(args.processes or len(available), len(available), len(waiting)))
+    processes = max(1, min(args.processes or len(available), len(available), len(runs)))
     free = [available[i::processes] for i in range(processes)]
     gpus = {name: os.environ[name] for name in GPUS if name in os.environ} if local else {}
     bar = tqdm(total=len(runs), unit=" runs", initial=len(runs) - len(waiting),
