@@ -168,7 +168,7 @@ def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
     Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
     life ends an episode, but not the game. Procgen: 64x64 coloured images of num_levels levels from start_level on, but
     in evaluation of all later ones; train_levels evaluates on those of training. Humanoid: without contact forces the
-    84 numbers that give them in an observation are 0, as they are in envpool unless it is told otherwise.
+    84 numbers that give them in an observation are 0, as they are in envpool's Humanoid-v4 unless it is told otherwise.
     """
     suite, (frame_skip, first, levels, contact_forces) = suite_of(env_id), variant
     if suite == "atari":
@@ -649,10 +649,10 @@ def main(args: Args) -> dict[str, float]:
     if args.video and network.kind == "mlp" and not gymnax:
         load_opengl()
     check_fit(args.model, model, policy)
-    variant = make_variant(args.model, flags)
+    variant = own = make_variant(args.model, flags)
     if args.contact_forces is not None:
         if not env_id.startswith("Humanoid"):
-            fail(f"--contact-forces is for Humanoid; {env_id} has none to choose")
+            fail(f"--contact-forces is for Humanoid, not for {env_id}")
         variant = variant._replace(contact_forces=args.contact_forces)
     if gymnax:
         evaluation = assess_gymnax(policy, frozen, env_id, args.episodes or 100, args.seed)
@@ -665,9 +665,13 @@ def main(args: Args) -> dict[str, float]:
     print(f"{env_id} {model['role']}, {network.kind} {layers}: {model['command']}")
     print(f"{describe(evaluation).strip()}, min {numbers['min']:.1f}, median {numbers['median']:.1f}, "
           f"max {numbers['max']:.1f}")
-    print(f"its own run measured {describe(model['evaluation']).strip()}")
+    with_forces = "with" if variant.contact_forces else "without"
+    print(f"its own run measured {describe(model['evaluation']).strip()}"
+          + ("" if variant == own else f"; this is {with_forces} contact forces, unlike its training"))
     if args.json:
         about = {"env_id": env_id, "command": model["command"], "seed": args.seed}
+        if env_id.startswith("Humanoid"):
+            about["contact_forces"] = variant.contact_forces
         write_atomic(Path(args.json), (json.dumps(about | numbers | evaluation, indent=2) + "\n").encode())
     if args.video:
         frames, rate = (film_gymnax(policy, frozen, env_id, args.seed, args.video_seconds) if gymnax else

@@ -1181,9 +1181,9 @@ def main(args: Args) -> dict[str, float]:
             check_finite(metrics, number, folder)
 
             now, steps = time.time(), number * args.batch_size
-            if number == first + 1:
-                timing["SPS"], compiled = args.batch_size / (now - began), now
-            else:  # the first update compiled; the speed is that of those after it
+            if number == first + 1:  # which compiled: the speed is that of the updates after it, or of the run before
+                timing["SPS"], compiled = timing["SPS"] or args.batch_size / (now - began), now
+            else:
                 timing["SPS"] = (number - first - 1) * args.batch_size / (now - compiled)
             timing["seconds"] = before + now - began
             episodic_return = float(np.mean(cursor.finished)) if cursor.finished else float("nan")

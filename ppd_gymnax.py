@@ -1321,9 +1321,10 @@ def fit(
             check_finite(metrics, f"updates {(part - 1) * updates + 1} to {part * updates} of the {phase}", folder)
 
             now = time.time()
-            if part == first + 1:
-                timing[f"{phase}_SPS"], compiled = part_steps * len(runs) / (now - began), now
-            else:  # the first part compiled; the speed is that of those after it
+            if part == first + 1:  # which compiled: the speed is that of the parts after it, or of the run before
+                known = timing.get(f"{phase}_SPS")
+                timing[f"{phase}_SPS"], compiled = known or part_steps * len(runs) / (now - began), now
+            else:
                 timing[f"{phase}_SPS"] = (part - first - 1) * part_steps * len(runs) / (now - compiled)
             timing["seconds"] = before + now - began
             for run, (distill_coef, i) in enumerate(runs):

@@ -62,7 +62,7 @@ class Task:
     total_timesteps: int = 2_000_000
     """environment steps in all, rounded up to whole rollouts; envpool's reset steps count, as everywhere"""
     contact_forces: bool | None = None
-    """observe contact forces (Humanoid); by default as the teacher did"""
+    """observe contact forces (Humanoid), the teacher too; by default as it did in its training"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """where the networks run, also of a resumed run; gpu is an error where there is none"""
 
@@ -196,7 +196,7 @@ def resolve(args: Args) -> Args:
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     if args.contact_forces is not None and not args.env_id.startswith("Humanoid"):
-        fail(f"--contact-forces is for Humanoid; {args.env_id} has none to choose")
+        fail(f"--contact-forces is for Humanoid, not for {args.env_id}")
     if not 1 <= len(args.hidden) <= MAX_LAYERS or not all(1 <= width <= 65_536 for width in args.hidden):
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers of 1 to 65536 units, not {args.hidden}")
     if args.num_minibatches is None:
@@ -252,8 +252,8 @@ def task_shape(env_id: str) -> tuple[list[int], int]:
 def make_envs(env_id: str, num_envs: int, seed: int, contact_forces: bool | None = None) -> Any:
     """Vectorised environments; the seed is given here because envpool ignores reset(seed=).
 
-    Humanoid: without contact forces the 84 numbers that give them in an observation are 0, as they are in envpool
-    unless it is told otherwise.
+    Humanoid: without contact forces the 84 numbers that give them in an observation are 0, as they are in envpool's
+    Humanoid-v4 unless it is told otherwise.
     """
     options = {"post_constraint": bool(contact_forces)} if env_id.startswith("Humanoid") else {}
     return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **options)
@@ -1070,9 +1070,9 @@ def main(args: Args) -> dict[str, float]:
             check_finite(metrics, number, folder)
 
             now, steps = time.time(), number * args.batch_size
-            if number == first + 1:
-                timing["SPS"], compiled = args.batch_size / (now - began), now
-            else:  # the first update compiled; the speed is that of those after it
+            if number == first + 1:  # which compiled: the speed is that of the updates after it, or of the run before
+                timing["SPS"], compiled = timing["SPS"] or args.batch_size / (now - began), now
+            else:
                 timing["SPS"] = (number - first - 1) * args.batch_size / (now - compiled)
             timing["seconds"] = before + now - began
             episodic_return = float(np.mean(cursor.finished)) if cursor.finished else float("nan")

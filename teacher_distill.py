@@ -97,7 +97,7 @@ class Task:
     num_levels: int | None = None
     """levels to learn on (Procgen); all later ones are for the test; by default as many as the teacher learned on"""
     contact_forces: bool | None = None
-    """observe contact forces (Humanoid); by default as the teacher did"""
+    """observe contact forces (Humanoid), the teacher too; by default as it did in its training"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """where the networks run, also of a resumed run; gpu is an error where there is none"""
 
@@ -226,7 +226,7 @@ def resolve(args: Args) -> Args:
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     if args.contact_forces is not None and not args.env_id.startswith("Humanoid"):
-        fail(f"--contact-forces is for Humanoid; {args.env_id} has none to choose")
+        fail(f"--contact-forces is for Humanoid, not for {args.env_id}")
     if suite == "mujoco" and args.student_channels is not None:
         fail(f"--student-channels is for networks of images; {args.env_id} has states")
     layers = args.network.channels + args.network.hidden
@@ -294,7 +294,7 @@ def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
     Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
     life ends an episode, but not the game. Procgen: 64x64 coloured images of num_levels levels from start_level on, but
     in evaluation of all later ones; train_levels evaluates on those of training. Humanoid: without contact forces the
-    84 numbers that give them in an observation are 0, as they are in envpool unless it is told otherwise.
+    84 numbers that give them in an observation are 0, as they are in envpool's Humanoid-v4 unless it is told otherwise.
     """
     suite, (frame_skip, first, levels, contact_forces) = suite_of(env_id), variant
     if suite == "atari":
@@ -1176,9 +1176,9 @@ def main(args: Args) -> dict[str, float]:
             since.append(metrics)
 
             now, steps, last = time.time(), number * args.batch_size, number == args.num_updates or bool(signals)
-            if number == first + 1:
-                timing["SPS"], compiled = args.batch_size / (now - began), now
-            else:  # the first update compiled; the speed is that of those after it
+            if number == first + 1:  # which compiled: the speed is that of the updates after it, or of the run before
+                timing["SPS"], compiled = timing["SPS"] or args.batch_size / (now - began), now
+            else:
                 timing["SPS"] = (number - first - 1) * args.batch_size / (now - compiled)
             timing["seconds"] = before + now - began
             bar.update(args.batch_size)

@@ -231,7 +231,7 @@ def resolve(args: Args) -> Args:
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     if args.contact_forces is not None and not args.env_id.startswith("Humanoid"):
-        fail(f"--contact-forces is for Humanoid; {args.env_id} has none to choose")
+        fail(f"--contact-forces is for Humanoid, not for {args.env_id}")
     if suite == "mujoco" and args.channels is not None:
         fail(f"--channels is for networks of images; {args.env_id} has states")
     layers = args.network.channels + args.network.hidden
@@ -295,7 +295,7 @@ def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
     Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
     life ends an episode, but not the game. Procgen: 64x64 coloured images of num_levels levels from start_level on, but
     in evaluation of all later ones; train_levels evaluates on those of training. Humanoid: without contact forces the
-    84 numbers that give them in an observation are 0, as they are in envpool unless it is told otherwise.
+    84 numbers that give them in an observation are 0, as they are in envpool's Humanoid-v4 unless it is told otherwise.
     """
     suite, (frame_skip, first, levels, contact_forces) = suite_of(env_id), variant
     if suite == "atari":
@@ -1191,9 +1191,9 @@ def main(args: Args) -> dict[str, float]:
             check_finite(metrics, number, folder)
 
             now, steps = time.time(), number * args.batch_size
-            if number == first + 1:
-                timing["SPS"], compiled = args.batch_size / (now - began), now
-            else:  # the first update compiled; the speed is that of those after it
+            if number == first + 1:  # which compiled: the speed is that of the updates after it, or of the run before
+                timing["SPS"], compiled = timing["SPS"] or args.batch_size / (now - began), now
+            else:
                 timing["SPS"] = (number - first - 1) * args.batch_size / (now - compiled)
             timing["seconds"] = before + now - began
             episodic_return = float(np.mean(cursor.finished)) if cursor.finished else float("nan")

@@ -63,6 +63,11 @@ def recent(values: list[float], fraction: float) -> float:
 def distil(args: Args, script: Path, seed: int) -> dict:
     """Distils one student, unless that is done; what it came to, and its KL divergence at quarters of the run."""
     run = args.folder / f"{script.stem}__{args.env_id}__{args.student_size}__{seed}"
+    wanted = {"total_timesteps": args.timesteps, "eval_episodes": args.eval_episodes}
+    if (run / "args.json").exists():
+        made = json.loads((run / "args.json").read_text())
+        if made | wanted != made:
+            raise SystemExit(f"error: {run} is a run of other flags; name another --folder")
     if not (run / "results.json").exists():
         flags = {"env-id": args.env_id, "seed": seed, "student-size": args.student_size, "run-dir": run,
                  "total-timesteps": args.timesteps, "eval-episodes": args.eval_episodes,
@@ -75,8 +80,6 @@ def distil(args: Args, script: Path, seed: int) -> dict:
         if subprocess.run(words).returncode != 0:
             raise SystemExit(f"error: the run in {run} failed")
     result = json.loads((run / "results.json").read_text())
-    if (steps := result["args"]["total_timesteps"]) != args.timesteps:
-        raise SystemExit(f"error: {run} is a run of {steps:,} steps; name another --folder")
     with open(run / "progress.csv", newline="") as file:
         curve = [float(row["losses/teacher_kl"]) for row in csv.DictReader(file)]
     return {"seed": seed, "ratio": result["ratio"], "student": result["student"], "teacher": result["teacher"]["mean"],

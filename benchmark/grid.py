@@ -333,14 +333,15 @@ def make_executor(args: Args) -> submitit.AutoExecutor:
 def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
     """Executes runs side by side, a student after its teacher; returns the reasons of failures.
 
-    On this machine each has cores of its own, as many whichever runs are done already, since the floats of a run depend
-    on their number; on Slurm all that are ready become one array.
+    On this machine all have equally many cores of their own, whichever runs are done already, since the floats of a run
+    depend on their number; on Slurm all that are ready become one array.
     """
     executor, local = make_executor(args), args.executor == "local"
     waiting, running, failed = [run for run in runs if not is_done(run, args)], {}, {}
     available = sorted(os.sched_getaffinity(0))
     processes = max(1, min(args.processes or len(available), len(available), len(runs)))
-    free = [available[i::processes] for i in range(processes)]
+    each = len(available) // processes
+    free = [available[i * each:(i + 1) * each] for i in range(processes)]
     gpus = {name: os.environ[name] for name in GPUS if name in os.environ} if local else {}
     bar = tqdm(total=len(runs), unit=" runs", initial=len(runs) - len(waiting),
                bar_format="{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}{postfix}]",
@@ -438,7 +439,7 @@ def rows(run: Run, args: Args) -> list[dict[str, Any]]:
 
 def record(run: Run, args: Args) -> None:
     """Writes a finished run's rows into its suite's table, in place of older ones of it, and its thinned curve."""
-    folder = args.results or ROOT / args.folder / "results"
+    folder = ROOT / (args.results or args.folder / "results")
     (folder / "curves").mkdir(parents=True, exist_ok=True)
     path, table = folder / f"{run.suite}.csv", {}
     found = [{name: str(row.get(name, "")) for name in COLUMNS} for row in rows(run, args)]
@@ -484,6 +485,7 @@ def main(args: Args) -> int:
     for run in runs:
         check_command(run, args)
     if args.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
         for run in runs:
             print(shlex.join(command(run, args)), *["  # done"] * is_done(run, args))
         return 0

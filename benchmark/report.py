@@ -14,6 +14,7 @@ Source of the paper's numbers: paper_tables.csv, from Spigler, "Proximal Policy 
 import dataclasses
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -49,6 +50,10 @@ def load(folder: Path) -> pd.DataFrame:
     if not tables:
         raise SystemExit(f"error: {folder} has no table of the grid: none of {', '.join(f'{x}.csv' for x in SUITES)}")
     runs = pd.concat(tables, ignore_index=True)
+    for (_, task, seed), means in runs.groupby(["suite", "task", "seed"]).teacher_mean:
+        if means.max() - means.min() > 0.01 * means.abs().max():
+            print(f"note: {task}, seed {seed}: rows of different teachers or machines, whose returns are "
+                  f"{means.min():.1f} to {means.max():.1f}", file=sys.stderr)
     studied = runs.loc[runs.experiment == "lambda", ["suite", "task"]].drop_duplicates()
     ones = runs[(runs.experiment == "methods") & (runs.method == "ppd") & (runs["size"] == "larger")].merge(studied)
     return pd.concat([runs, ones.assign(experiment="lambda")], ignore_index=True)
@@ -123,6 +128,12 @@ def returns(rows: pd.DataFrame, player: str, split: str = "") -> str:
     values = scores(rows, player, split).dropna()
     deviation = f" ± {number(values.std(), values.mean())}" if len(values) > 1 else ""
     return "" if values.empty else f"{number(values.mean())}{deviation}"
+
+
+def standard_error(rows: pd.DataFrame, player: str, split: str = "") -> str:
+    """Of the mean return of a single run over its episodes, as a cell."""
+    name = f"{player}_{split}"
+    return "" if rows.empty else number((rows[f"{name}std"] / rows.episodes**0.5).iloc[0], rows[f"{name}mean"].iloc[0])
 
 
 def number(value: float, size: float | None = None) -> str:
@@ -222,17 +233,20 @@ def paper_name(task: str) -> str:
 
 
 def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
-    """Table 5: returns of teachers and students."""
+    """Table 5: returns of teachers and students; of a single seed with their standard errors over episodes."""
     runs = runs[(runs.experiment == "methods") & (runs.suite == suite)]
     names = [(size, name) for size in SIZES for name in METHODS]
     header = ["task", "teacher", *(f"{size}, {METHODS[name]}" for size, name in names)]
     table = []
     for task in sorted(runs.task.unique()):
         each = runs[runs.task == task]
-        cells = [returns(each[(each["size"] == size) & (each.method == name)], "student", split)
-                 for size, name in names]
+        parts = [each[(each["size"] == size) & (each.method == name)] for size, name in names]
         teachers = each.drop_duplicates("seed")
-        table.append([task, returns(teachers, "teacher", split), *cells])
+        lines = {task: returns}
+        if len(teachers) == 1 and suite != "atari":  # whose returns are normalised and whose deviations are not
+            lines["± standard error"] = standard_error
+        for label, cell in lines.items():
+            table.append([label, cell(teachers, "teacher", split), *(cell(part, "student", split) for part in parts)])
         paper = [paper_value(5, suite, size, name, paper_name(task), split)
                  for size, name in (("teacher", "ppo"), *((size, METHODS[name]) for size, name in names))]
         if any(paper):
@@ -264,17 +278,20 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
     """Draws the return while students learn, and as evaluated at the end; returns whether there was anything to draw.
 
     A panel for each task, a line for each value of the column that is among the labels. The curve of teacher-distill
-    would be its teacher's, which acts there, so only its end is drawn.
+    would be its teacher's, which acts there, so only its end is drawn. Bands, which overlap where there are many lines,
+    are left to the few.
     """
     tasks = sorted(runs.task.unique())
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns) if tasks else 0
     if not lines:
         return False
+    few = len(labels) <= len(METHODS)
     width = max(5.6, 3.6 * columns)  # room for two columns of the legend
     figure, axes = plt.subplots(lines, columns, figsize=(width, 2.9 * lines + 0.6), squeeze=False, layout="constrained")
     for axis, task in zip(axes.flat, tasks, strict=False):
         for i, (value, label) in enumerate(labels.items()):
+            color = f"C{i}" if few else plt.get_cmap("viridis")(0.95 * i / (len(labels) - 1))
             each = runs[(runs.task == task) & (runs[column] == value)]
             found = [curve_of(folder, run) for _, run in each.iterrows() if run.method != "teacher-distill"]
             found = [curve for curve in found if len(curve)]
@@ -283,26 +300,29 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
                 steps = steps[(steps >= max(x.index[0] for x in found)) & (steps <= min(x.index[-1] for x in found))]
                 values = np.array([np.interp(steps, curve.index, curve) for curve in found])
                 marker = "." if len(steps) < 10 else None
-                axis.plot(steps, values.mean(0), color=f"C{i}", label=label, marker=marker)
-                axis.fill_between(steps, values.mean(0) - values.std(0), values.mean(0) + values.std(0), color=f"C{i}",
-                                  alpha=0.2, linewidth=0)
+                axis.plot(steps, values.mean(0), color=color, label=label, marker=marker)
+                if few:
+                    axis.fill_between(steps, values.mean(0) - values.std(0), values.mean(0) + values.std(0),
+                                      color=color, alpha=0.2, linewidth=0)
             if len(each):
                 axis.errorbar(each.steps.max() * (1.04 + 0.03 * i), each.student_mean.mean(),
-                              each.student_mean.std() if len(each) > 1 else None, color=f"C{i}", marker="o", capsize=2,
-                              markersize=4, linestyle="none", label=f"{label}, evaluated")
+                              each.student_mean.std() if len(each) > 1 else None, color=color, marker="o", capsize=2,
+                              markersize=4, linestyle="none", label=label)
         teachers = runs[runs.task == task].drop_duplicates("seed").teacher_mean
-        axis.axhline(teachers.mean(), linestyle="--", color="black", linewidth=1, label="teacher, evaluated")
+        axis.axhline(teachers.mean(), linestyle="--", color="black", linewidth=1, label="the teacher")
         axis.set(title=task, xlabel="environment steps", ylabel="episodic return", xlim=(0, None))
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     for axis in axes.flat[len(tasks):]:
         axis.axis("off")
     handles = {}
     for axis in axes.flat:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    columns = min(-(-len(handles) // 2), int(width // 2.2))
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)  # its line, which comes before its dot
+    handles["evaluated at the end"] = plt.Line2D([], [], color="gray", marker="o", markersize=4, linestyle="none")
+    columns = min(len(handles), int(width // 1.8))
     figure.set_figheight(figure.get_figheight() + 0.22 * (-(-len(handles) // columns) - 2))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-    figure.suptitle(title)
+    figure.suptitle(f"{title}, {spread(runs)}")
     figure.savefig(folder / name, dpi=110)
     plt.close(figure)
     return True
@@ -329,14 +349,15 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
     shown = []
     for suite in (suite for suite in SUITES if suite in set(runs.suite)):
         each = runs[(runs.suite == suite) & (runs["size"] == "larger")]
-        name, title = f"figure{CURVE_FIGURES.get(suite, 1)}_{suite}.png", f"{SUITES[suite]}: larger students"
+        name = f"figure{CURVE_FIGURES.get(suite, 1)}_{suite}.png"
+        title = f"{SUITES[suite]}: larger students"
         if curves(folder, each[each.experiment == "methods"], "method", {x: x for x in METHODS}, name, title):
-            shown.append(f"![{title}, {spread(each)}]({name})")
+            shown.append(f"![{title}]({name})")
         studied, name = each[each.experiment == "lambda"], f"figure2_{suite}.png"
         labels = {x: f"λ = {x:g}" for x in sorted(studied.distill_coef.unique())}
         title = f"{SUITES[suite]}: larger students by PPD with several λ"
         if curves(folder, studied, "distill_coef", labels, name, title):
-            shown.append(f"![{title}, {spread(each)}]({name})")
+            shown.append(f"![{title}]({name})")
     return shown
 
 
@@ -353,7 +374,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                              + overview_table(runs, "geometric"))
         found["overview-iqm"] = "The same, interquartile mean\n\n" + overview_table(runs, "iqm")
     for suite in (suite for suite in SUITES if suite in set(runs.suite)):
-        kinds, name = set(runs[runs.suite == suite].experiment), SUITES[suite]
+        each, name = runs[runs.suite == suite], SUITES[suite]
+        kinds = set(each.experiment)
         if "methods" in kinds:
             found[f"{suite}-methods"] = (
                 f"{name}: students as a fraction of their teachers, geometric mean (Table 1)\n\n"
@@ -362,7 +384,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                 found[f"{suite}-methods-iqm"] = (
                     f"{name}: the same, interquartile mean\n\n" + methods_table(runs, suite, "iqm"))
             found[f"{suite}-returns"] = (
-                f"{name}: returns, {spread(runs[runs.suite == suite])} (Table 5)\n\n" + returns_table(runs, suite))
+                f"{name}: returns, {spread(each[each.experiment == 'methods'])} (Table 5)\n\n"
+                + returns_table(runs, suite))
         if "imperfect" in kinds:
             found[f"{suite}-imperfect"] = (
                 f"{name}: larger students of corrupted teachers, as a fraction of the uncorrupted, geometric mean "
@@ -371,8 +394,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                 f"{name}: the same, interquartile mean\n\n" + imperfect_table(runs, suite, "iqm"))
         if "lambda" in kinds:
             found[f"{suite}-lambda"] = (
-                f"{name}: larger students by PPD with several λ; returns: {spread(runs[runs.suite == suite])}\n\n"
-                + lambda_table(runs, suite))
+                f"{name}: larger students by PPD with several λ; "
+                f"returns: {spread(each[each.experiment == 'lambda'])}\n\n" + lambda_table(runs, suite))
         if suite == "procgen":
             found["procgen-train-methods"] = (
                 f"{name}, training levels: students as a fraction of their teachers, geometric mean (Table 7)\n\n"

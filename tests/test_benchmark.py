@@ -152,6 +152,9 @@ def test_the_other_benchmarks_run(words, tmp_path):
     if words[0] == "detached.py":
         (coupled,), (detached,) = found["detached"].values()
         assert coupled["kl"][0] == pytest.approx(detached["kl"][0], rel=0.2) and coupled["kl"] != detached["kl"]
+        words[words.index("--eval-episodes") + 1] = "2"
+        done = subprocess.run([sys.executable, f"benchmark/{words[0]}", *words[1:]], cwd=ROOT, timeout=100, capture_output=True, text=True)
+        assert done.returncode == 1 and "is a run of other flags" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_our_table_1_of_the_papers_table_5_is_its_table_1():
@@ -195,7 +198,12 @@ def test_the_report_gives_what_the_rows_say_and_leaves_the_rest_empty(tmp_path, 
     scores = np.array(report.fractions(report.load(tmp_path).query("method == 'student-distill'")))
     assert scores.shape == (2, 3) and mean == pytest.approx(math.exp(np.log(scores).mean()), abs=0.0051)
     assert scores.min() <= low < mean < high <= scores.max() + 0.0051
-    assert "| the paper's | 3574 |" in text
+    assert "| the paper's | 3574 |" in text and "standard error" not in text
+
+    rows = report.load(tmp_path).query("seed == 100").assign(episodes=50, teacher_std=100.0, student_std=200.0)
+    assert report.spread(rows) == "one seed (100)"
+    line = report.returns_table(rows[rows.method == "ppd"], "mujoco").splitlines()[3]  # under Ant's
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["± standard error", "14", "", "", "", "", "", "28", "", "", ""]
 
 
 def test_cells_of_a_row_rest_on_the_same_runs():

@@ -1,8 +1,11 @@
 """The paper's default of every hyperparameter, for every task and script, in one table (appendix A)."""
 
+import json
+
 import pytest
 from conftest import ROOT, needs_procgen
 
+import evaluate
 import ppd_atari
 import ppd_mujoco
 import ppd_procgen
@@ -87,3 +90,10 @@ def test_a_student_feels_the_contact_forces_that_its_teacher_felt(m, tmp_path):
         assert m.load_teacher(m.Args(teacher=str(tmp_path / "teacher")))[0].contact_forces is expected
         assert m.load_teacher(m.Args(teacher=str(tmp_path / "teacher"), contact_forces=True))[0].contact_forces is True
     assert m.load_teacher(m.Args(env_id="Hopper-v4"))[0].contact_forces is None
+
+
+def test_an_evaluation_unlike_the_training_says_so(tmp_path, capsys):
+    for told in (False, None):
+        evaluate.main(evaluate.Args(model=str(ROOT / "teachers/Humanoid-v4__100.msgpack"), episodes=1, contact_forces=told, json=str(tmp_path / "x")))
+        assert ("this is without contact forces, unlike its training" in capsys.readouterr().out) is (told is False)
+        assert json.loads((tmp_path / "x").read_text())["contact_forces"] is (told is None)
