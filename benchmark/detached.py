@@ -69,9 +69,9 @@ def distil(args: Args, script: Path, seed: int) -> dict:
         if made | wanted != made:
             raise SystemExit(f"error: {run} is a run of other flags; name another --folder")
     if not (run / "results.json").exists():
-        flags = {"env-id": args.env_id, "seed": seed, "student-size": args.student_size, "run-dir": run,
-                 "total-timesteps": args.timesteps, "eval-episodes": args.eval_episodes,
-                 "teacher": ROOT / f"teachers/{args.env_id}__100.msgpack"}
+        flags = wanted | {
+            "env_id": args.env_id, "seed": seed, "student_size": args.student_size, "run_dir": run,
+            "teacher": ROOT / f"teachers/{args.env_id}__100.msgpack"}
         if any(run.glob("checkpoint*.msgpack")):
             flags = {"resume": run}
         else:  # it ended before its first checkpoint, or has not begun

@@ -287,7 +287,7 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
     if not lines:
         return False
     few = len(labels) <= len(METHODS)
-    width = max(5.6, 3.6 * columns)  # room for two columns of the legend
+    width = max(5.6, 3.6 * columns)  # room for three columns of the legend
     figure, axes = plt.subplots(lines, columns, figsize=(width, 2.9 * lines + 0.6), squeeze=False, layout="constrained")
     for axis, task in zip(axes.flat, tasks, strict=False):
         for i, (value, label) in enumerate(labels.items()):
