@@ -1,7 +1,7 @@
-"""Evaluates any model file by the paper's protocol, and films it.
+"""Evaluate any model file by the paper's protocol, and film it.
 
-    python evaluate.py teachers/Hopper-v4__100.msgpack
-    python evaluate.py runs/.../student.msgpack --video hopper.gif
+    python evaluate.py teachers/Hopper-v4__100.safetensors
+    python evaluate.py runs/.../student.safetensors --video hopper.gif
 
 Raw rewards and whole games: 50 episodes with deterministic actions (Atari, MuJoCo), or 200 with sampled actions
 (Procgen) on unseen levels and, apart from them, on those of training. There are as many environments as episodes and
@@ -10,15 +10,38 @@ Distillation", TMLR 2025 (arXiv 2407.15134), section 4. Models of ppd_gymnax.py 
 100 episodes, with sampled actions on MinAtar.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax==0.10.2; python_version < '3.12'",
+#   "jax==0.11.2; python_version >= '3.12'",
+#   "envpool==1.2.5; python_version < '3.12'",
+#   "envpool==1.2.7; python_version >= '3.12'",
+#   "distrax==0.1.9",
+#   "flax==0.12.8",
+#   "gymnasium==1.3.0",
+#   "gymnax==1.0.1",
+#   "imageio==2.38.1",
+#   "matplotlib==3.11.2",
+#   "numpy==2.4.6",
+#   "safetensors==0.8.0",
+#   "tfp-nightly==0.26.0.dev20261027",
+#   "typeguard==4.6.1",
+#   "tyro==1.0.17",
+# ]
+# ///
+
 import ctypes
 import difflib
-import hashlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -30,8 +53,9 @@ import imageio.v3 as imageio
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 import tyro
-from flax import serialization
+from typeguard import check_type
 
 # ======================================================================================================================
 # Arguments
@@ -46,21 +70,18 @@ class Network(NamedTuple):
     hidden: tuple[int, ...]
 
 
-MAX_LAYERS = 64
-
-
 @dataclass(frozen=True)
 class Args:
-    """All flags of this script."""
+    """All flags."""
 
     model: tyro.conf.Positional[str]
-    """model file: teacher.msgpack or student.msgpack of a run, or a shipped teacher"""
+    """model file: teacher.safetensors or student.safetensors of a run, or a shipped teacher"""
     episodes: int | None = None
     """episodes, one for each of as many environments; the paper's: 50, but 200 on Procgen; on gymnax 100"""
     seed: int = 0
     """seed of the environments, environment i takes seed + i; a run's own evaluation used that run's seed"""
-    contact_forces: bool | None = None
-    """observe contact forces (Humanoid); by default as in training"""
+    repeat_action_probability: float | None = None
+    """Atari: probability that the last action is repeated instead (sticky actions); by default as in training"""
     json: str | None = None
     """also write every episode's return to this file"""
     video: str | None = None
@@ -69,20 +90,26 @@ class Args:
     """length of the film at most, in the simulation's own time"""
 
 
+# Smallest and largest value of a flag, and of what a model file says of its task
+RANGES = {
+    "episodes": (1, 10**5), "seed": (0, 10**9 - 1), "video_seconds": (0.01, 3600), "frame_skip": (1, 100),
+    "repeat_action_probability": (0, 1), "start_level": (0, 10**9), "num_levels": (1, 10**9),
+}
+MAX_LAYERS = 64
+
+
 def fail(message: str) -> NoReturn:
-    """Ends the program for bad input: one line on stderr, exit code 2."""
+    """End the program for bad input: one line on stderr, exit code 2."""
     print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
     raise SystemExit(2)
 
 
 def check(args: Args) -> None:
-    """Ends the program for flags that cannot work, before anything is written."""
-    if args.episodes is not None and not 1 <= args.episodes <= 10**5:
-        fail(f"--episodes must lie between 1 and 100000, not {args.episodes}")
-    if not 0 <= args.seed < 10**9:
-        fail(f"--seed must lie between 0 and 999999999, not {args.seed}")
-    if not 0 < args.video_seconds <= 3600:
-        fail(f"--video-seconds must lie between 0 and 3600, not {args.video_seconds}")
+    """End the program for flags that cannot work, before anything is written."""
+    for name in ("episodes", "seed", "video_seconds", "repeat_action_probability"):
+        (low, high), value = RANGES[name], getattr(args, name)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     for path in filter(None, (args.json, args.video)):
         if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
             fail(f"cannot write {path}: it is a folder, or there is no folder for it")
@@ -96,9 +123,12 @@ def check(args: Args) -> None:
 # Environments
 # ======================================================================================================================
 
-
+EVAL_SEED = 10**9  # added to the seed of the environments in evaluation
 SUITES = {"envpool.atari": "atari", "envpool.mujoco.gym": "mujoco", "envpool.procgen": "procgen"}
-EVAL_SEED = 10**9  # what evaluation adds to the seed of its environments, so that it plays other games than training
+VARIANTS = {  # how a task is played: the flags of each suite that a model file keeps
+    "atari": {"frame_skip": int, "repeat_action_probability": float}, "mujoco": {"contact_forces": bool},
+    "procgen": {"start_level": int, "num_levels": int},
+}
 
 # Scores of a random and of a human player (Badia et al. 2020), for human-normalised scores
 HUMAN = {
@@ -106,13 +136,18 @@ HUMAN = {
     "DemonAttack": (152.1, 1971.0), "Enduro": (0.0, 860.5), "Freeway": (0.0, 29.6), "MsPacman": (307.3, 6951.6),
     "Pong": (-20.7, 14.6), "Qbert": (163.9, 13455.0), "Seaquest": (68.4, 42054.7), "Zaxxon": (32.5, 9173.3),
 }
+
+
+def count_cores() -> int:
+    """Return how many cores of the CPU this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SECONDS_PER_STEP = {"Ant": 0.05, "HalfCheetah": 0.05, "Hopper": 0.008, "Humanoid": 0.015, "HumanoidStandup": 0.015,
                     "InvertedDoublePendulum": 0.05, "InvertedPendulum": 0.04, "Pusher": 0.05, "Reacher": 0.02,
                     "Swimmer": 0.04, "Walker2d": 0.008}
 
 
 def import_envpool() -> Any:
-    """Imports envpool only when it is needed: that is slow, and fails where a system library is missing."""
+    """Import envpool only when it is needed: that is slow, and fails where a system library is missing."""
     try:
         import envpool
     except ImportError as error:
@@ -121,7 +156,7 @@ def import_envpool() -> Any:
 
 
 def suite_of(env_id: str) -> str:
-    """The suite of a task: atari, mujoco or procgen; ends the program for other tasks, naming those like it."""
+    """Return a task's suite, atari, mujoco or procgen; end the program for other tasks, naming those like it."""
     specs = import_envpool().registration.registry.specs  # of each task by name: the module it lies in, and more
     known = {name: SUITES[module] for name, (module, *_) in specs.items() if module in SUITES}
     if env_id not in known:
@@ -131,7 +166,7 @@ def suite_of(env_id: str) -> str:
 
 
 def task_shape(env_id: str) -> tuple[list[int], int]:
-    """Shape of an observation, and the number of actions, or of their dimensions; makes no environment."""
+    """Return the shape of an observation and the number of actions, or of their dimensions; make no environment."""
     try:
         spec = import_envpool().make_spec(env_id)
     except ImportError:
@@ -143,47 +178,25 @@ def task_shape(env_id: str) -> tuple[list[int], int]:
 Split = Literal["training", "evaluation", "train_levels"]
 
 
-class Variant(NamedTuple):
-    """How a task is played."""
-
-    frame_skip: int | None  # Atari
-    start_level: int | None  # Procgen
-    num_levels: int | None  # Procgen
-    contact_forces: bool | None = None  # Humanoid
-
-
-def make_variant(path: str, flags: dict) -> Variant:
-    """How a model's task is played, by the flags of its run; where they say nothing, as in the paper."""
-    known = {"frame_skip": (4, 1, 100), "start_level": (0, 0, 10**9), "num_levels": (200, 1, 10**9)}
-    values = {name: default if flags.get(name) is None else flags[name] for name, (default, *_) in known.items()}
-    for name, (_, low, high) in known.items():
-        if type(values[name]) is not int or not low <= values[name] <= high:
-            fail(f"{path} was trained with a {name} of {values[name]!r}, which cannot be")
-    return Variant(**values, contact_forces=flags.get("contact_forces") is True)
-
-
-def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
-    """envpool's options for a split of a task.
+def make_envs(env_id: str, num_envs: int, seed: int, variant: dict, split: Split, **options: Any) -> Any:
+    """Make vectorised environments; the seed is given here because envpool ignores reset(seed=).
 
     Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
     life ends an episode, but not the game. Procgen: 64x64 coloured images of num_levels levels from start_level on, but
-    in evaluation of all later ones; train_levels evaluates on those of training. Humanoid: without contact forces the
-    84 numbers that give them in an observation are 0, as they are in envpool's Humanoid-v4 unless it is told otherwise.
+    in evaluation of all later ones; train_levels evaluates on those of training. A few unseen levels look like one of
+    training: they differ in their seeds. Humanoid: without contact forces 84 of its observations are 0. options: more
+    of envpool's own.
     """
-    suite, (frame_skip, first, levels, contact_forces) = suite_of(env_id), variant
+    suite = suite_of(env_id)
     if suite == "atari":
-        return {"frame_skip": frame_skip, "max_episode_steps": 108_000 // frame_skip,
-                "episodic_life": split == "training"}
-    if suite == "procgen" and split == "evaluation":
-        return {"start_level": first + levels, "num_levels": 2**31 - 1 - first - levels}
+        limit = 108_000 // variant["frame_skip"]
+        options |= variant | {"max_episode_steps": limit, "episodic_life": split == "training"}
     if suite == "procgen":
-        return {"start_level": first, "num_levels": levels}
-    return {"post_constraint": bool(contact_forces)} if env_id.startswith("Humanoid") else {}
-
-
-def make_envs(env_id: str, num_envs: int, seed: int, split: Split, variant: Variant) -> Any:
-    """Vectorised environments; the seed is given here because envpool ignores reset(seed=)."""
-    options = task_options(env_id, split, variant)
+        first, levels = variant["start_level"], variant["num_levels"]
+        unseen = {"start_level": first + levels, "num_levels": 2**31 - 1 - first - levels}
+        options |= unseen if split == "evaluation" else variant
+    if env_id.startswith("Humanoid"):
+        options |= {"post_constraint": variant["contact_forces"]}
     try:
         return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **options)
     except ImportError:
@@ -204,37 +217,37 @@ class GymnaxEnvs:
         self.states: Any = None
 
     def split(self) -> jax.Array:
-        """A new key for each environment."""
+        """Return a new key for each environment."""
         self.key, key = jax.random.split(self.key)
         return jax.random.split(key, self.num_envs)
 
     def reset(self) -> tuple[np.ndarray, dict]:
-        """Starts all environments: their observations, and no further information."""
+        """Reset all environments; returns their observations, and no further information."""
         observations, self.states = jax.jit(jax.vmap(self.env.reset, (0, None)))(self.split(), self.params)
         return np.asarray(observations).reshape(self.num_envs, -1), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """Steps all environments with actions [N] or [N, A]; one that ends begins anew at once."""
+        """Step all environments with actions [N] or [N, A]; one that ends begins anew at once."""
         actions = jnp.asarray(actions).reshape(self.num_envs, *self.action_space.shape)
         observations, self.states, *rest, _ = self.step_all(self.split(), self.states, actions, self.params)
         return np.asarray(observations).reshape(self.num_envs, -1), *map(np.asarray, rest), {}
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there is nothing to close."""
 
 
 def as_stored(observations: np.ndarray) -> np.ndarray:
-    """States [N, D] as float32; images [N, C, H, W] stay uint8."""
+    """Return states [N, D] as float32; images [N, C, H, W] stay uint8."""
     return observations if observations.dtype == np.uint8 else observations.astype(np.float32)
 
 
 def reset(envs: Any) -> np.ndarray:
-    """The first observations of all environments."""
+    """Reset all environments; returns their first observations."""
     return as_stored(envs.reset()[0])
 
 
 def step(envs: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Observations, and rewards, terminations, truncations and ends of whole games, [N] each.
+    """Step all environments; returns observations, rewards, terminations, truncations and ends of games, [N].
 
     actions: [N] int32, or [N, A] of any size: what lies beyond the bounds is clipped here and nowhere else. On Atari a
     lost life is a termination, but no end of the game; nor is it the end to have no life left.
@@ -253,13 +266,15 @@ def step(envs: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def torso(network: Network, x: jax.Array) -> jax.Array:
-    """Features [..., F] of normalised states or flat grids [..., D], or of images [..., C, H, W], uint8.
+    """Compute features [..., F] of normalised states or flat grids [..., D], or of images [..., C, H, W], uint8.
 
     An MLP, Nature-CNN (Mnih et al. 2015), IMPALA-CNN (Espeholt et al. 2018), or one convolution of MinAtar's grids
-    (Young and Tian 2019). Called inside a module's __call__, whose layers these become.
+    (Young and Tian 2019). Called inside a module's __call__, which owns the layers.
     """
     orthogonal = nn.initializers.orthogonal(np.sqrt(2))
-    if network.kind == "minatar":  # the convolution as a matrix product of patches, which ppd_gymnax.py says why
+    conv = partial(nn.Conv, kernel_init=orthogonal,
+                   conv_general_dilated=convolve if jax.default_backend() == "cpu" else None)
+    if network.kind == "minatar":  # the convolution is a matrix product of patches, as in ppd_gymnax.py
         x = x.reshape(*x.shape[:-1], 10, 10, -1)
         for channels in network.channels:
             side = x.shape[-2] - 2
@@ -270,14 +285,13 @@ def torso(network: Network, x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, -3, -1).astype(jnp.float32) / 255.0
     if network.kind == "nature":
         for channels, size, stride in zip(network.channels, (8, 4, 3), (4, 2, 1), strict=True):
-            x = nn.relu(nn.Conv(channels, (size, size), stride, "VALID", kernel_init=orthogonal)(x))
+            x = nn.relu(conv(channels, (size, size), stride, "VALID")(x))
     if network.kind == "impala":
-        conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=orthogonal)
         for channels in network.channels:
-            x = max_pool(conv(channels)(x))
+            x = max_pool(conv(channels, (3, 3))(x))
             for _ in range(2):
-                y = conv(channels)(nn.relu(x))
-                x = x + conv(channels)(nn.relu(y))
+                y = conv(channels, (3, 3))(nn.relu(x))
+                x = x + conv(channels, (3, 3))(nn.relu(y))
         x = nn.relu(x)
     if network.kind in ("nature", "impala"):
         x = x.reshape(*x.shape[:-3], -1)
@@ -286,8 +300,27 @@ def torso(network: Network, x: jax.Array) -> jax.Array:
     return x
 
 
+def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: str, **_: Any) -> jax.Array:
+    """Convolve x [B, H, W, C] with a kernel [k, k, C, F] as one matrix product of patches; a CPU does that sooner.
+
+    For a stride s, blocks of s x s pixels first become pixels of s*s*C channels: then the stride is 1.
+    """
+    (size, _, channels, filters), stride = kernel.shape, strides[0]
+    if stride > 1:
+        height, width = ((n - size) // stride * stride + size for n in x.shape[1:3])
+        x = x[:, :height, :width].reshape(-1, height // stride, stride, width // stride, stride, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height // stride, width // stride, stride * stride * channels)
+        size //= stride
+        kernel = kernel.reshape(size, stride, size, stride, channels, filters).transpose(0, 2, 1, 3, 4, 5)
+    if padding == "SAME":
+        x = jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
+    height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
+    patches = [x[:, i: i + height, j: j + width] for i in range(size) for j in range(size)]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, filters)
+
+
 def max_pool(x: jax.Array) -> jax.Array:
-    """Maximum over 3x3 windows of x [..., H, W, C], stride 2, with a border of 1: sizes 84, 42, 21, 11.
+    """Take the maximum over 3x3 windows of x [..., H, W, C], stride 2, with a border of 1: sizes 84, 42, 21, 11.
 
     As maxima of shifted slices, of columns and then of rows, because XLA's own gradient of pooling is slow on a CPU.
     """
@@ -307,7 +340,7 @@ class Policy(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """x as in `torso`. Returns mean and log standard deviation, both [..., A], or logits [..., A]."""
+        """Return mean and log standard deviation, both [..., A], or logits [..., A], for x as in `torso`."""
         x = torso(self.network, x)
         output = nn.Dense(self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))(x)
         if not self.gaussian:
@@ -317,7 +350,7 @@ class Policy(nn.Module):
 
 
 def distribution(outputs: jax.Array | tuple[jax.Array, jax.Array]) -> distrax.Distribution:
-    """The action distribution that a policy's outputs stand for."""
+    """Return the action distribution for a policy's outputs."""
     if isinstance(outputs, tuple):
         mean, log_std = outputs
         return distrax.MultivariateNormalDiag(mean, jnp.exp(log_std))
@@ -325,7 +358,7 @@ def distribution(outputs: jax.Array | tuple[jax.Array, jax.Array]) -> distrax.Di
 
 
 class Stats(NamedTuple):
-    """Running mean and variance, and the number of samples they rest on."""
+    """Running mean and variance, and the number of samples they are computed from."""
 
     mean: jax.Array
     var: jax.Array
@@ -333,151 +366,172 @@ class Stats(NamedTuple):
 
 
 def normalize(observations: jax.Array, stats: Stats | None) -> jax.Array:
-    """States [..., D] less their running mean, over their running standard deviation, clipped to ±10; images as is."""
+    """Subtract the running mean from states [..., D], divide by the deviation, clip to ±10; images stay as is."""
     if stats is None:
         return observations
     return jnp.clip((observations - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
 class Frozen(NamedTuple):
-    """A policy that does not learn: its parameters, and the statistics of the states it stands on."""
+    """A policy that does not learn: its parameters, and the statistics of its states."""
 
     params: dict
     obs_stats: Stats | None
 
 
+P = jax.sharding.PartitionSpec  # how arrays lie on several devices: P() is whole on each
+
+
+def over_devices(num_devices: int) -> Callable:
+    """Return shard_map over the devices that share the work: GPUs, or cores of a CPU."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), "devices")
+    return partial(jax.shard_map, mesh=mesh, check_vma=False)
+
+
+def part_size(network: Network, num_rows: int) -> int:
+    """Return how many of so many rows go through a network at a time, a divisor; on a CPU images must fit the cache."""
+    most = {"nature": 16, "impala": 4}.get(network.kind, num_rows) if jax.default_backend() == "cpu" else 512
+    return max(n for n in range(1, min(most, num_rows) + 1) if num_rows % n == 0)
+
+
+def apply_in_parts(num_devices: int, network: nn.Module, params: dict, x: jax.Array) -> Any:
+    """Apply a network to x [T, N, ...], shared out over the devices along N, a part at a time."""
+
+    def on_one_device(params, x):
+        rows = x.reshape(-1, *x.shape[2:])
+        size = part_size(network.network, len(rows))
+        outputs = jax.lax.map(partial(network.apply, params), rows.reshape(-1, size, *rows.shape[1:]))
+        return jax.tree.map(lambda y: y.reshape(*x.shape[:2], *y.shape[2:]), outputs)
+
+    whole, split = P(), P(None, "devices")
+    return over_devices(num_devices)(on_one_device, in_specs=(whole, split), out_specs=split)(params, x)
+
+
 @partial(jax.jit, static_argnames="policy")
 def act_deterministic(policy: Policy, params: dict, obs_stats: Stats | None, observations: jax.Array) -> jax.Array:
-    """The most likely actions, [N, A] for raw states or [N] for images."""
-    return distribution(policy.apply(params, normalize(observations, obs_stats))).mode()
+    """Return the most likely actions, [N, A] for raw states or [N] for images."""
+    outputs = apply_in_parts(1, policy, params, normalize(observations, obs_stats)[None])
+    return distribution(jax.tree.map(lambda x: x[0], outputs)).mode()
 
 
 @partial(jax.jit, static_argnames="policy")
 def act_sampled(policy: Policy, params: dict, key: jax.Array, observations: jax.Array, t: int) -> jax.Array:
-    """Sampled actions [N] for images, as the evaluation on Procgen takes them; t: step of the evaluation."""
-    return distribution(policy.apply(params, observations)).sample(seed=jax.random.fold_in(key, t))
+    """Sample actions [N] for images, as evaluation on Procgen takes them; t: step of the evaluation."""
+    logits = apply_in_parts(1, policy, params, observations[None])[0]
+    return distribution(logits).sample(seed=jax.random.fold_in(key, t))
 
 
 # ======================================================================================================================
 # Files
 # ======================================================================================================================
 
+FORMAT = "proximal-policy-distillation 3"
 
-FORMAT, VERSION = "proximal-policy-distillation", 2
 
-
-def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Writes a file whole or not at all: a killed run leaves no half of it under this name.
-
-    keep: the name under which the file that it replaces stays.
-    """
-    temporary = path.with_name(f".{path.name}.new")  # always the same, so what a killed run left of it goes, too
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, also when the process is killed or the power fails."""
+    temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
         os.replace(temporary, path)
-    except BaseException:  # a full disk, or a signal
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name must reach the disk as well
+    os.close(folder)
 
 
-def read_tree(path: str | Path, kind: str) -> dict:
-    """Reads a file of save_tree; ValueError if it is missing, cut short, damaged or something else."""
-    wrong = f"{path} is no {kind} file of this project, or is cut short"
+def write_json(path: Path, content: dict) -> None:
+    """Write a small file for people and programs."""
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_file(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read `about` and the arrays of a file; ValueError if it is missing, cut short, damaged or something else."""
     try:
-        envelope = serialization.msgpack_restore(Path(path).read_bytes())
-        names = ("format", "version", "kind", "sha256", "payload")
-        form, version, found, digest, payload = (envelope[name] for name in names)
-        if form == FORMAT and (version, found) != (VERSION, kind):
-            wrong = f"{path} is a {found!r:.20} file, version {version!r:.20}; needed is {kind!r}, version {VERSION}"
-        elif form == FORMAT and digest != hashlib.sha256(payload).hexdigest():
-            wrong = f"{path} is damaged: its checksum does not match"
-        elif form == FORMAT and isinstance(tree := serialization.msgpack_restore(payload), dict):
-            return tree
-    except OSError as error:
-        wrong = f"cannot read {path}: {error.strerror}"
-    except Exception:  # msgpack raises many kinds for bytes that are not its own
-        pass
-    raise ValueError(wrong)
+        with safetensors.safe_open(path, "numpy") as file:
+            header = {"about": "{}", "crc32": ""} | (file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        about, crc32 = json.loads(header["about"]), header.pop("crc32")
+        if about.get("format") != FORMAT:
+            raise ValueError(f"its format is {about.get('format')!r:.50}, not {FORMAT!r}")
+        if str(zlib.crc32(safetensors.numpy.save(arrays, header))) != crc32:
+            raise ValueError("it is damaged: its checksum does not match")
+    except Exception as error:  # of many kinds, for content of any kind
+        hint = "; .msgpack files are of an older version" if str(path).endswith(".msgpack") else ""
+        raise ValueError(f"cannot read {path}: {error}{hint}") from None
+    return about, arrays
 
 
-def load_tree(path: str | Path, kind: str) -> dict:
-    """Reads a file of save_tree; ends the program if it is missing, cut short, damaged or something else."""
+def fill(template: Any, arrays: dict[str, np.ndarray], prefix: str) -> Any:
+    """Return the template's tree with a file's arrays; ValueError unless they are finite, of its shapes and types."""
+
+    def leaf(where, x):
+        name = f"{prefix}/{jax.tree_util.keystr(where, simple=True, separator='/')}"
+        found = arrays.get(name)
+        if found is None or (found.shape, found.dtype) != (x.shape, x.dtype) or not np.isfinite(found).all():
+            raise ValueError(f"its {name} is not finite and of the shape {x.shape}")
+        return jnp.array(found)
+
+    return jax.tree_util.tree_map_with_path(leaf, template)
+
+
+@contextmanager
+def checked(what: str) -> Iterator[None]:
+    """End the program in one line where the content of a file is not what it says."""
     try:
-        return read_tree(path, kind)
+        yield
+    except Exception as error:  # of many kinds, for content of any kind
+        fail(f"{what}: {type(error).__name__} {error}")
+
+
+def load_policy(path: str) -> tuple[dict, Policy, Frozen]:
+    """Read a model file: what it says, its policy, parameters and statistics; end the program if it is not one."""
+    try:
+        about, arrays = read_file(path)
     except ValueError as error:
         fail(str(error))
+    with checked(f"{path} is no model of this project"):
+        env_id, gymnax = check_type(about["env_id"], str), about.get("library") == "gymnax"
+        suite = gymnax_suite(env_id) if gymnax else suite_of(env_id)
+        for name, kind in VARIANTS.get(suite, {}).items():
+            low, high = RANGES.get(name, (False, True))
+            if not low <= check_type(about["variant"][name], kind) <= high:
+                raise ValueError(f"its {name} is {about['variant'][name]}, which cannot be")
+        kind, channels, hidden = (about["network"][name] for name in Network._fields)
+        kinds = {"mujoco": ["mlp"], "states": ["mlp"], "minatar": ["mlp", "minatar"]}.get(suite, ["nature", "impala"])
+        if kind not in kinds or len(channels) > 3:
+            raise ValueError(f"its network, {kind} with {len(channels)} convolutions, is none of {env_id}")
+        (shape, actions), gaussian = gymnax_shape(env_id) if gymnax else (task_shape(env_id), suite == "mujoco")
+        policy = Policy(Network(kind, tuple(channels), tuple(hidden[:MAX_LAYERS])), about["action_dim"], gaussian)
+        if (found := (about["observation_shape"], policy.action_dim)) != (shape, actions):
+            raise ValueError(f"it is for observations and actions of {found}; those of {env_id} are {(shape, actions)}")
+        x = jax.ShapeDtypeStruct(tuple(shape), jnp.uint8 if suite in ("atari", "procgen") else jnp.float32)
+        params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, "policy")
+        states = suite in ("mujoco", "states")
+        stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, "obs_stats") if states else None
+        check_type([about["role"], about["command"]], list[str])
+        describe(about["evaluation"])
+    return about | {"suite": suite}, policy, Frozen(params, stats)
 
 
-def check_arrays(what: str, found: Any, expected: Any) -> None:
-    """Raises ValueError unless what a file holds is finite, and of these shapes and types."""
-    describe = partial(jax.tree.map, lambda x: (tuple(x.shape), np.dtype(x.dtype)))
-    if describe(found) != describe(expected):
-        raise ValueError(f"its {what} are not those of the network it describes")
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
-        raise ValueError(f"its {what} are not all finite")
+def gymnax_suite(env_id: str) -> str:
+    """Return the suite of one of gymnax's tasks, minatar or states; end the program for other tasks."""
+    import gymnax
+
+    if env_id not in gymnax.registered_envs or env_id == "MNISTBandit-bsuite":  # that one downloads its images
+        fail(f"unknown gymnax task {env_id}")
+    return "minatar" if env_id.endswith("-MinAtar") else "states"
 
 
-def check_model(model: dict, policy: nn.Module, x: jax.ShapeDtypeStruct) -> None:
-    """Raises an exception for a model file that does not hold what it says; x: the policy's input."""
-    about = {"env_id": str, "role": str, "command": str, "evaluation": dict, "args": dict}
-    if wrong := [name for name, kind in about.items() if not isinstance(model[name], kind)]:
-        raise TypeError(f"its {wrong[0]} is of another type")
-    if len(model["network"]["hidden"]) > MAX_LAYERS:
-        raise ValueError(f"it describes {len(model['network']['hidden'])} hidden layers")
-    check_arrays("parameters", model["params"]["policy"], jax.eval_shape(policy.init, jax.random.PRNGKey(0), x))
-    if (stats := model["obs_stats"]) is not None:
-        each, count = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x.shape, ()))
-        check_arrays("observation statistics", stats, {"mean": each, "var": each, "count": count})
-        if stats["var"].min() < 0:
-            raise ValueError("its observations have a negative variance")
-
-
-def load_policy(path: str | Path) -> tuple[dict, Policy, Frozen]:
-    """Reads a model file: all it holds, its policy network, and that network's parameters and statistics."""
-    model = load_tree(path, "model")
-    try:
-        kind, channels, hidden = (model["network"][name] for name in Network._fields)
-        if kind not in ("mlp", "nature", "impala", "minatar"):
-            raise ValueError(f"its network is of the kind {kind}")
-        network = Network(kind, tuple(map(int, channels)), tuple(map(int, hidden)))
-        gaussian = "log_std" in model["params"]["policy"]["params"]
-        policy, stats = Policy(network, int(model["action_dim"]), gaussian), model["obs_stats"]
-        if (stats is None) != (kind != "mlp" or model["env_id"].endswith("-MinAtar")):
-            raise ValueError("its observation statistics are not those of its task")
-        images = kind in ("nature", "impala")
-        x = jax.ShapeDtypeStruct(tuple(model["observation_shape"]), jnp.uint8 if images else jnp.float32)
-        check_model(model, policy, x)
-        describe(model["evaluation"])
-        frozen = Frozen(model["params"]["policy"], None if stats is None else Stats(**stats))
-    except Exception as error:  # of many kinds, for content of any kind
-        fail(f"{path} is no model of this project: {type(error).__name__} {error}")
-    return model, policy, jax.tree.map(jnp.asarray, frozen)
-
-
-def check_fit(path: str | Path, model: dict, policy: Policy) -> None:
-    """Ends the program for a model that its task, which must be known, has not the observations or actions for."""
-    env_id, kinds = model["env_id"], ("nature", "impala")
-    if str(model.get("library")) == "gymnax":
-        import gymnax
-
-        if env_id not in gymnax.registered_envs or env_id == "MNISTBandit-bsuite":  # that one downloads its images
-            fail(f"unknown gymnax task {env_id} in {path}")
-        env, params = gymnax.make(env_id)
-        space, kinds = env.action_space(params), ("mlp", "minatar") if env_id.endswith("-MinAtar") else ("mlp",)
-        gaussian, size = bool(space.shape), int(np.prod(env.observation_space(params).shape))
-        needed = [size], int(np.prod(space.shape) if gaussian else space.n)
-    else:
-        gaussian = suite_of(env_id) == "mujoco"
-        kinds, needed = ("mlp",) if gaussian else kinds, task_shape(env_id)
-    found = list(model["observation_shape"]), policy.action_dim
-    if found != needed or policy.network.kind not in kinds or policy.gaussian != gaussian:
-        fail(f"{path} is a network of the kind {policy.network.kind} for observations and actions of {found}; "
-             f"those of {env_id} are {needed}")
+def gymnax_shape(env_id: str) -> tuple[tuple[list[int], int], bool]:
+    """Return an observation's shape, the number of actions or of their dimensions, and whether it is the latter."""
+    envs = GymnaxEnvs(env_id, 1, 0)
+    space, size = envs.action_space, int(np.prod(envs.env.observation_space(envs.params).shape))
+    return ([size], int(np.prod(space.shape) if space.shape else space.n)), bool(space.shape)
 
 
 # ======================================================================================================================
@@ -485,77 +539,56 @@ def check_fit(path: str | Path, model: dict, policy: Policy) -> None:
 # ======================================================================================================================
 
 
-def evaluate(envs: Any, policy_step: Callable) -> np.ndarray:
-    """Returns [N] of one episode in each of N environments: sums of raw rewards, undiscounted.
+def make_policy_step(about: dict, policy: Policy, frozen: Frozen, seed: int) -> Callable:
+    """Return policy_step(observations, t): the likeliest actions, but sampled ones on Procgen and MinAtar."""
+    key = jax.random.PRNGKey(seed)
+    if about["suite"] in ("procgen", "minatar"):
+        return lambda observations, t: act_sampled(policy, frozen.params, key, observations, t)
+    return lambda observations, t: act_deterministic(policy, frozen.params, frozen.obs_stats, observations)
+
+
+def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
+    """Play one episode in each of N environments; returns their sums of raw rewards, undiscounted, mean and deviation.
 
     Each environment's first episode counts, so that short ones do not crowd out long; policy_step is as in `collect`.
+    games: how many different episodes there were, since few things vary in some tasks; a standard error rests on those.
     """
     observations, t = reset(envs), 0
     returns, running = np.zeros(len(observations)), np.ones(len(observations), bool)
+    histories = [0] * len(observations)
     while running.any():
+        histories = [zlib.crc32(x, h) if on else h for x, h, on in zip(observations, histories, running, strict=True)]
         observations, rewards, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
         returns += np.where(running, rewards, 0.0)
         running &= ~ends
         t += 1
     envs.close()
-    return returns
+    return {"mean": float(returns.mean()), "std": float(returns.std()), "games": len(set(histories)),
+            "returns": returns.tolist()}
 
 
-def evaluation_step(policy: Policy, frozen: Frozen, env_id: str, seed: int) -> Callable:
-    """How a policy acts in evaluation, policy_step(observations, t): the likeliest actions, but sampled on Procgen."""
-    key = jax.random.PRNGKey(seed)
-    if suite_of(env_id) == "procgen":
-        return lambda observations, t: act_sampled(policy, frozen.params, key, observations, t)
-    return lambda observations, t: act_deterministic(policy, frozen.params, frozen.obs_stats, observations)
+def assess(about: dict, policy: Policy, frozen: Frozen, episodes: int, seed: int) -> dict[str, Any]:
+    """Evaluate a policy as in the paper, in environments of their own seeds.
 
-
-def assess(
-    policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int, variant: Variant
-) -> dict[str, Any]:
-    """The paper's evaluation of a policy: mean, standard deviation and all returns, in environments of their own seeds.
-
-    On Procgen those of unseen levels, and apart from them those of the training levels; on Atari the human-normalised
-    score as well, where Badia et al. 2020 give one.
+    On Procgen on unseen levels, and apart from them on those of training; on Atari with the human-normalised score.
     """
-    result: dict[str, Any] = {}
-    for split in ("evaluation", "train_levels") if suite_of(env_id) == "procgen" else ("evaluation",):
-        envs = make_envs(env_id, episodes, EVAL_SEED + seed, split, variant)
-        returns = evaluate(envs, evaluation_step(policy, frozen, env_id, seed))
-        found = {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
-        result |= found if split == "evaluation" else {split: found}
-    game = env_id.split("-")[0]
-    if suite_of(env_id) == "atari" and game in HUMAN:
-        random, human = HUMAN[game]
-        result["human_normalised"] = (result["mean"] - random) / (human - random)
-    return result
-
-
-def gymnax_step(policy: Policy, frozen: Frozen, env_id: str, seed: int) -> Callable:
-    """How a policy acts on gymnax's tasks: the likeliest actions, but sampled on MinAtar, whose games hardly vary."""
-    key = jax.random.PRNGKey(seed)
-    if env_id.endswith("-MinAtar"):
-        return lambda observations, t: act_sampled(policy, frozen.params, key, observations, t)
-    return lambda observations, t: act_deterministic(policy, frozen.params, frozen.obs_stats, observations)
-
-
-def assess_gymnax(policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int) -> dict[str, Any]:
-    """The evaluation of a policy on one of gymnax's tasks: mean, standard deviation and all returns."""
-    returns = evaluate(GymnaxEnvs(env_id, episodes, EVAL_SEED + seed), gymnax_step(policy, frozen, env_id, seed))
-    return {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
-
-
-def load_opengl() -> None:
-    """Loads what envpool's renderer wants loaded before envpool itself; without it, filming would end the program."""
-    try:
-        for library in ("libGLdispatch.so.0", "libEGL.so.1", "libOpenGL.so.0"):
-            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        fail(f"filming needs OpenGL ({error}); on Debian: apt-get install libegl1 libopengl0 libgl1-mesa-dri")
+    suite, env_id, found = about["suite"], about["env_id"], {}
+    for split in ("evaluation", "train_levels") if suite == "procgen" else ("evaluation",):
+        if suite in ("minatar", "states"):
+            envs = GymnaxEnvs(env_id, episodes, EVAL_SEED + seed)
+        else:
+            envs = make_envs(env_id, episodes, EVAL_SEED + seed, about["variant"], split)
+        found[split] = evaluate(envs, make_policy_step(about, policy, frozen, seed))
+    result = found.pop("evaluation") | found
+    random, human = HUMAN.get(env_id.split("-")[0], (None, None)) if suite == "atari" else (None, None)
+    return result if human is None else result | {"human_normalised": (result["mean"] - random) / (human - random)}
 
 
 def describe(evaluation: dict) -> str:
-    """One line about an evaluation."""
-    text = f"{evaluation['mean']:>10.1f} ± {evaluation['std']:.1f} ({len(evaluation['returns'])} episodes"
+    """Say an evaluation in one line; the standard error is that of so many different games."""
+    text = f"{evaluation['mean']:.1f} ± {evaluation['std']:.1f} ({len(evaluation['returns'])} episodes"
+    if evaluation.get("games", math.inf) < len(evaluation["returns"]):
+        text += f", {evaluation['games']} different games"
     if "human_normalised" in evaluation:
         text += f"; human-normalised {evaluation['human_normalised']:.3f}"
     if "train_levels" in evaluation:
@@ -564,18 +597,26 @@ def describe(evaluation: dict) -> str:
     return text + ")"
 
 
+def load_opengl() -> OSError | None:
+    """Load what MuJoCo's renderer wants loaded before envpool itself, or say what is missing."""
+    try:
+        for library in ("libGLdispatch.so.0", "libEGL.so.1", "libOpenGL.so.0"):
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return error
+    return None
+
+
 def film(
-    policy: Policy, frozen: Frozen, env_id: str, seed: int, variant: Variant, seconds: float
+    about: dict, policy: Policy, frozen: Frozen, seed: int, seconds: float
 ) -> tuple[list[np.ndarray], float]:
-    """Frames [H, W, 3] of the first episode, in real time at about 25 a second, and their exact number a second."""
-    options = task_options(env_id, "evaluation", variant)
-    envs = import_envpool().make_gymnasium(
-        env_id, num_envs=1, seed=EVAL_SEED + seed, render_mode="rgb_array", **options)
-    policy_step, observations = evaluation_step(policy, frozen, env_id, seed), reset(envs)
-    duration = {"atari": (variant.frame_skip or 1) / 60, "procgen": 1 / 15}.get(suite_of(env_id)) or SECONDS_PER_STEP[
-        env_id.split("-")[0]]
+    """Return frames [H, W, 3] of the first episode, in real time at about 25 a second, and their exact number."""
+    env_id, suite = about["env_id"], about["suite"]
+    envs = make_envs(env_id, 1, EVAL_SEED + seed, about["variant"], "evaluation", render_mode="rgb_array")
+    policy_step, observations, frames = make_policy_step(about, policy, frozen, seed), reset(envs), []
+    durations = {"atari": about["variant"].get("frame_skip", 1) / 60, "procgen": 1 / 15}
+    duration = durations.get(suite) or SECONDS_PER_STEP.get(env_id.split("-")[0], 0.05)
     every = max(1, round(0.04 / duration))
-    frames = []
     for t in range(max(1, round(seconds / duration))):
         if t % every == 0:
             frames.append(np.array(envs.render(env_ids=[0])[0]))
@@ -587,19 +628,18 @@ def film(
 
 
 def film_gymnax(
-    policy: Policy, frozen: Frozen, env_id: str, seed: int, seconds: float
+    about: dict, policy: Policy, frozen: Frozen, seed: int, seconds: float
 ) -> tuple[list[np.ndarray], float]:
-    """Frames [H, W, 3] of the first episode as gymnax draws it, one for each step, and their number a second."""
+    """Return frames [H, W, 3] of the first episode as gymnax draws it, one for each step, and their number a second."""
     import matplotlib
 
     matplotlib.use("Agg")
     from gymnax.visualize import Visualizer
 
-    envs = GymnaxEnvs(env_id, 1, EVAL_SEED + seed)
-    policy_step, observations = gymnax_step(policy, frozen, env_id, seed), reset(envs)
-    states, total = [], 0.0
-    returns = []
-    rate = 10.0 if env_id.endswith("-MinAtar") else 20.0
+    envs = GymnaxEnvs(about["env_id"], 1, EVAL_SEED + seed)
+    policy_step, observations = make_policy_step(about, policy, frozen, seed), reset(envs)
+    states, returns, total = [], [], 0.0
+    rate = 10.0 if about["suite"] == "minatar" else 20.0
     for t in range(max(1, round(seconds * rate))):
         states.append(jax.tree.map(lambda x: x[0], envs.states))
         returns.append(total)
@@ -607,12 +647,11 @@ def film_gymnax(
         total += float(rewards[0])
         if ends[0]:
             break
-    drawing = Visualizer(envs.env, envs.params, states, returns)
+    drawing, frames = Visualizer(envs.env, envs.params, states, returns), []
     try:
         drawing.init()
     except Exception as error:  # of many kinds: a task without a drawing, a package that is not there
-        fail(f"gymnax cannot draw {env_id} here ({error}); classic control needs pygame: pip install pygame")
-    frames = []
+        fail(f"gymnax cannot draw {about['env_id']} here ({error}); classic control needs pygame: pip install pygame")
     for t in range(len(states)):
         drawing.update(t)
         drawing.fig.canvas.draw()
@@ -621,7 +660,7 @@ def film_gymnax(
 
 
 def write_video(path: str, frames: list[np.ndarray], rate: float) -> None:
-    """Writes a .gif that repeats for ever, or an .mp4; whole, or not at all."""
+    """Write a .gif that repeats for ever, or an .mp4; whole, or not at all."""
     temporary = Path(path).with_name(f".new-{Path(path).name}")
     try:
         if path.endswith(".gif"):
@@ -630,9 +669,8 @@ def write_video(path: str, frames: list[np.ndarray], rate: float) -> None:
             with warnings.catch_warnings(action="ignore"):  # JAX warns of any fork, and this one starts ffmpeg
                 imageio.imwrite(temporary, frames, fps=rate, plugin="FFMPEG", macro_block_size=8)
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 # ======================================================================================================================
@@ -641,41 +679,30 @@ def write_video(path: str, frames: list[np.ndarray], rate: float) -> None:
 
 
 def main(args: Args) -> dict[str, float]:
-    """Evaluates the model; returns what it prints."""
+    """Evaluate the model, write and film what is asked for; returns what it prints."""
     check(args)
-    model, policy, frozen = load_policy(args.model)
-    env_id, flags, network = model["env_id"], model["args"], policy.network
-    gymnax = str(model.get("library")) == "gymnax"
-    if args.video and network.kind == "mlp" and not gymnax:
-        load_opengl()
-    check_fit(args.model, model, policy)
-    variant = own = make_variant(args.model, flags)
-    if args.contact_forces is not None:
-        if not env_id.startswith("Humanoid"):
-            fail(f"--contact-forces is for Humanoid, not for {env_id}")
-        variant = variant._replace(contact_forces=args.contact_forces)
-    if gymnax:
-        evaluation = assess_gymnax(policy, frozen, env_id, args.episodes or 100, args.seed)
-    else:
-        episodes = args.episodes or (200 if suite_of(env_id) == "procgen" else 50)
-        evaluation = assess(policy, frozen, env_id, episodes, args.seed, variant)
+    missing = load_opengl() if args.video else None
+    about, policy, frozen = load_policy(args.model)
+    if missing and about["suite"] == "mujoco":
+        fail(f"filming needs OpenGL ({missing}); on Debian: apt-get install libegl1 libopengl0 libgl1-mesa-dri")
+    if args.repeat_action_probability is not None:
+        if about["suite"] != "atari":
+            fail(f"--repeat-action-probability is for Atari, not for {about['env_id']}")
+        about["variant"] |= {"repeat_action_probability": args.repeat_action_probability}
+    episodes = args.episodes or {"procgen": 200, "minatar": 100, "states": 100}.get(about["suite"], 50)
+    evaluation = assess(about, policy, frozen, episodes, args.seed)
     numbers = {"mean": evaluation["mean"], "std": evaluation["std"], "min": min(evaluation["returns"]),
                "median": float(np.median(evaluation["returns"])), "max": max(evaluation["returns"])}
-    layers = "-".join(map(str, (*network.channels, *network.hidden)))
-    print(f"{env_id} {model['role']}, {network.kind} {layers}: {model['command']}")
-    print(f"{describe(evaluation).strip()}, min {numbers['min']:.1f}, median {numbers['median']:.1f}, "
-          f"max {numbers['max']:.1f}")
-    with_forces = "with" if variant.contact_forces else "without"
-    print(f"its own run measured {describe(model['evaluation']).strip()}"
-          + ("" if variant == own else f"; this is {with_forces} contact forces, unlike its training"))
+    layers = "-".join(map(str, (*policy.network.channels, *policy.network.hidden)))
+    print(f"{about['env_id']} {about['role']}, {policy.network.kind} {layers}: {about['command']}")
+    print(f"{describe(evaluation)}, min {numbers['min']:.1f}, median {numbers['median']:.1f}, max {numbers['max']:.1f}")
+    print(f"its own run measured {describe(about['evaluation'])}")
     if args.json:
-        about = {"env_id": env_id, "command": model["command"], "seed": args.seed}
-        if env_id.startswith("Humanoid"):
-            about["contact_forces"] = variant.contact_forces
-        write_atomic(Path(args.json), (json.dumps(about | numbers | evaluation, indent=2) + "\n").encode())
+        said = {name: about[name] for name in ("env_id", "command", "variant")}
+        write_json(Path(args.json), said | {"seed": args.seed} | numbers | evaluation)
     if args.video:
-        frames, rate = (film_gymnax(policy, frozen, env_id, args.seed, args.video_seconds) if gymnax else
-                        film(policy, frozen, env_id, args.seed, variant, args.video_seconds))
+        make_film = film_gymnax if about["suite"] in ("minatar", "states") else film
+        frames, rate = make_film(about, policy, frozen, args.seed, args.video_seconds)
         write_video(args.video, frames, rate)
         print(f"{args.video}: {len(frames)} frames, {rate:.0f} a second")
     return numbers

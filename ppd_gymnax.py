@@ -3,52 +3,78 @@
     python ppd_gymnax.py --env-id Breakout-MinAtar --num-seeds 5
     python ppd_gymnax.py --env-id Breakout-MinAtar --distill-coef 0.5 1 2 5         # a study of λ is one run
 
-For every seed it trains a teacher by PPO, corrupts it, distils a student from what is left, and evaluates all three.
-Each iteration collects a rollout, estimates advantages A, and over epochs of shuffled minibatches
+For every seed it trains a teacher by PPO, distils a student from it, and evaluates both. Each iteration collects a
+rollout with the student, estimates advantages A, and over epochs of shuffled minibatches
 
     maximises  E[ min(r A, clip(r, 1-ε, 1+ε) A) + α entropy - λ KL(teacher || student) max(r, 1-ε) ]
     minimises  E[ (V(s) - R)² ]                              with r = π(a|s) / π_old(a|s), not detached.
 
-PPO is the case without a teacher, so one `train` serves teacher and student; what makes PPD out of PPO is marked
+PPO is the case without a teacher, so one `train` serves teacher and student. What makes PPD out of PPO is marked
 `# PPD`. --method student-distill and teacher-distill run the paper's baselines instead. A seed learns the same whether
 it runs alone or among others. Source: Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), Algorithms
 1 to 3; the tasks are gymnax's, and networks and budgets are ours, small enough for a laptop.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax==0.10.2; python_version < '3.12'",
+#   "jax==0.11.2; python_version >= '3.12'",
+#   "distrax==0.1.9",
+#   "flax==0.12.8",
+#   "gymnasium==1.3.0",
+#   "gymnax==1.0.1",
+#   "matplotlib==3.11.2",
+#   "numpy==2.4.6",
+#   "optax==0.2.8",
+#   "safetensors==0.8.0",
+#   "scipy==1.17.1",
+#   "tensorboardX==2.6.5",
+#   "tfp-nightly==0.26.0.dev20261027",
+#   "tqdm==4.67.1",
+#   "typeguard==4.6.1",
+#   "tyro==1.0.17",
+# ]
+# ///
+
 import csv
 import dataclasses
 import difflib
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import json
 import os
 import platform
+import secrets
+import shlex
 import signal
 import sys
-import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import distrax
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
+import safetensors.numpy
 import scipy.stats
 import tyro
-from flax import serialization
-from tensorboardX import SummaryWriter
+from matplotlib.figure import Figure
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
+from typeguard import CollectionCheckStrategy, check_type
 
 # ======================================================================================================================
 # Arguments
@@ -75,14 +101,15 @@ NETWORKS = {
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is learned, and where."""
+class Args:
+    """All flags."""
 
+    # Task
     env_id: str = "Breakout-MinAtar"
     """task, by gymnax's name: CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, MountainCarContinuous-v0,
     Reacher-misc, or Asterix-, Breakout-, Freeway-, Seaquest- or SpaceInvaders-MinAtar"""
     seed: int = 100
-    """first seed; it settles networks, actions, minibatches and environments"""
+    """first seed; a seed settles networks, actions, minibatches and environments"""
     num_seeds: int = 4
     """seeds learned side by side: --seed and those after it"""
     total_timesteps: int | None = None
@@ -91,16 +118,12 @@ class Task:
     cnn: bool = False
     """a convolution and a hidden layer for MinAtar, in place of an MLP on the flattened grid"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """where all of it runs, also of a resumed run; gpu is an error where there is none"""
+    """where all of it runs; gpu is an error where there is none"""
 
-
-@dataclass(frozen=True)
-class Teacher:
-    """Where the teacher comes from, and what is done to it."""
-
+    # Teacher
     teacher: str | None = None
-    """file of a teacher for all seeds, or a run's folder, whose teacher_{seed}.msgpack teaches that seed; by default
-    each seed trains its own"""
+    """file of a teacher for all seeds, or a run's folder, whose teacher_{seed}.safetensors teaches that seed; by
+    default each seed trains its own"""
     teacher_timesteps: int | None = None
     """environment steps of each teacher, where it is trained here"""
     teacher_num_envs: int | None = None
@@ -108,17 +131,14 @@ class Teacher:
     teacher_num_steps: int | None = None
     """steps of each environment in a rollout while the teacher is trained"""
     teacher_ent_coef: float | None = None
-    """weight of the entropy bonus while the teacher is trained: 0.01, and 0.05 where rewards are met by chance alone"""
-    teacher_noise_std: float = 0.05
+    """weight of the entropy bonus while the teacher is trained; by default 0.01, but 0.05 for Acrobot and MountainCar,
+    whose reward stays the same until the goal is reached by chance"""
+    teacher_noise_std: float = 0.0
     """standard deviation of Gaussian noise on every parameter of the teacher's policy (the paper's σ, there 0.05)"""
     teacher_noise_seed: int = 0
     """seed of that noise for the first seed, and so on"""
 
-
-@dataclass(frozen=True)
-class Distillation:
-    """The student, and how strongly the teacher pulls it."""
-
+    # Student
     method: Literal["ppd", "student-distill", "teacher-distill", "ppo"] = "ppd"
     """Algorithm 1, 2 (the student acts, and regresses to its teacher) or 3 (the teacher acts, the student regresses);
     ppo trains teachers and no student"""
@@ -133,15 +153,11 @@ class Distillation:
     kl_direction: Literal["forward", "reverse"] = "forward"
     """KL(teacher || student), the paper's, or KL(student || teacher)"""
 
-
-@dataclass(frozen=True)
-class PPO:
-    """Proximal policy optimisation, of teacher and student; the baselines have no epochs, advantages or ratios."""
-
+    # PPO (the baselines have no epochs, advantages or ratios)
     learning_rate: float | None = None
     """step size of Adam, constant"""
     num_envs: int | None = None
-    """environments stepped in parallel (N); of the baselines fewer, for as many gradient steps as PPD takes"""
+    """environments stepped in parallel (N); the baselines take fewer, for as many gradient steps as PPD takes"""
     num_steps: int | None = None
     """steps of each environment in a student's rollout (T); of the baselines the paper's: 5"""
     num_minibatches: int = 8
@@ -161,17 +177,13 @@ class PPO:
     max_grad_norm: float = 0.5
     """largest global norm of the gradient, policy and value together"""
 
-
-@dataclass(frozen=True)
-class Output:
-    """What a run leaves behind."""
-
+    # Output
     run_dir: str | None = None
     """folder of the run; by default runs/{env_id}__{script}__{student_size}__{seed}__{unix_time}"""
     resume: str | None = None
-    """folder of an interrupted run to go on with; all other flags but --device are then that run's"""
+    """folder of a run to go on with; its flags are the run's, and --total-timesteps cannot extend it"""
     num_parts: int = 50
-    """parts that each training is cut into: after each there are rows in progress.csv and a checkpoint"""
+    """parts that each training is cut into; after each there are rows in progress.csv and a checkpoint"""
     eval_episodes: int = 100
     """episodes of the final evaluation, with raw rewards: deterministic actions on states; sampled ones on MinAtar,
     whose games hardly vary otherwise"""
@@ -182,11 +194,6 @@ class Output:
     wandb_entity: str | None = None
     """team to log to"""
 
-
-@dataclass(frozen=True)
-class Args(Output, PPO, Distillation, Teacher, Task):
-    """All flags; the command line groups them by the classes above."""
-
     @property
     def networks(self) -> dict[str, Network]:
         """The networks of policy and value by size."""
@@ -194,9 +201,14 @@ class Args(Output, PPO, Distillation, Teacher, Task):
 
     @property
     def network(self) -> Network:
-        """The student's."""
+        """The student's network."""
         network = self.networks[self.student_size]
         return network if self.student_hidden is None else network._replace(hidden=self.student_hidden)
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return f"{self.env_id}__{SCRIPT}__{self.student_size}__{self.seed}__{int(time.time())}"
 
     @property
     def batch_size(self) -> int:
@@ -205,17 +217,17 @@ class Args(Output, PPO, Distillation, Teacher, Task):
 
     @property
     def num_updates(self) -> int:
-        """Rollouts of a run, each followed by an update."""
+        """Rollouts of the training, each followed by one update."""
         return -(-self.total_timesteps // self.batch_size)
 
     @property
     def updates_per_part(self) -> int:
-        """Updates of one of the about --num-parts parts of a run; the last may take it a little further than asked."""
+        """Updates of one of the about --num-parts parts; the last part may go a little further than asked."""
         return -(-self.num_updates // self.num_parts)
 
     @property
     def parts(self) -> int:
-        """Parts of this run: there are no more than updates."""
+        """Parts of the training; there are no more than updates."""
         return -(-self.num_updates // self.updates_per_part)
 
 
@@ -228,7 +240,7 @@ STATES = {"learning_rate": 1e-3, "num_envs": 16, "num_steps": 64, "teacher_num_s
 BASELINES = {"num_envs": 16, "num_steps": 5}  # a gradient step for 80 samples; PPD takes one for 64, the paper for 90
 SPARSE = dict.fromkeys(("Acrobot-v1", "MountainCar-v0"), {"teacher_ent_coef": 0.05})
 
-# Flags that must lie in a range, both ends included
+# Smallest and largest value of a flag
 RANGES = {
     "total_timesteps": (1, 10**12), "teacher_timesteps": (1, 10**12), "num_envs": (1, 10**6), "num_steps": (1, 10**6),
     "teacher_num_steps": (1, 10**6), "teacher_num_envs": (1, 10**6),
@@ -238,24 +250,27 @@ RANGES = {
     "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9), "distill_coef_final": (0, 1e6), "teacher_noise_std": (0, 1e6),
 }
 MAX_LAYERS = 64
+RESUMABLE = ("resume", "device", "eval_episodes", "track", "wandb_project_name",
+             "wandb_entity")  # flags that may change when a run goes on
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the program for bad input: one line on stderr, exit code 2."""
+    """End the program for bad input: one line on stderr, exit code 2."""
     print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
     raise SystemExit(2)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line; every class that `Args` inherits from is a group of flags."""
-    groups = [(base.__name__, base, dataclasses.field(default_factory=base)) for base in reversed(Args.__bases__)]
-    form = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Groups", groups, frozen=True)]
-    parsed = tyro.cli(form, args=argv, description=__doc__)
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    """Read the command line; with --resume, flags that are not given are the run's own."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.resume is None:
+        return args
+    run = dataclasses.replace(load_checkpoint(args.resume)[0], resume=args.resume)
+    return tyro.cli(Args, args=argv, description=__doc__, default=run)
 
 
 def resolve(args: Args) -> Args:
-    """Fills in the task's defaults; ends the program for flags that cannot work, before anything is written."""
+    """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
     check_task(args.env_id)
     known = (MINATAR if is_grid(args.env_id) else STATES) | SPARSE.get(args.env_id, {})
     known |= {"teacher_num_envs": args.num_envs or known["num_envs"]}
@@ -293,13 +308,21 @@ def resolve(args: Args) -> Args:
     return args
 
 
+def teacher_args(args: Args) -> Args:
+    """Return the flags of the teachers' training: PPO is PPD with λ = 0 and no teacher."""
+    return dataclasses.replace(
+        args, method="ppd", student_size="same", student_hidden=None, distill_coef=(0.0,), distill_coef_final=None,
+        total_timesteps=args.teacher_timesteps, ent_coef=args.teacher_ent_coef, num_envs=args.teacher_num_envs,
+        num_steps=args.teacher_num_steps)
+
+
 # ======================================================================================================================
 # Environments
 # ======================================================================================================================
 
 
 def check_task(env_id: str) -> None:
-    """Ends the program for a task that gymnax does not have, naming those like it."""
+    """End the program for a task that gymnax does not have, naming those like it."""
     import gymnax  # not before: its import makes JAX settle its devices
 
     known = [name for name in gymnax.registered_envs if name != "MNISTBandit-bsuite"]  # that one downloads its images
@@ -310,25 +333,25 @@ def check_task(env_id: str) -> None:
 
 @cache
 def make_env(env_id: str) -> tuple[Any, Any]:
-    """The environment, which holds no state, and its parameters."""
+    """Make the environment, which holds no state, and its parameters."""
     import gymnax  # not before: its import makes JAX settle its devices
 
     return gymnax.make(env_id)
 
 
 def is_grid(env_id: str) -> bool:
-    """Whether observations are MinAtar's: a grid [10, 10, C] of zeros and ones."""
+    """Tell whether observations are MinAtar's: a grid [10, 10, C] of zeros and ones."""
     return env_id.endswith("-MinAtar")
 
 
 def observation_dim(env_id: str) -> int:
-    """Length of a flattened observation (D)."""
+    """Return the length of a flattened observation (D)."""
     env, params = make_env(env_id)
     return int(np.prod(env.observation_space(params).shape))
 
 
 def flatten(env_id: str, observation: jax.Array) -> jax.Array:
-    """An observation as [D]: states as float32; a grid as bool, a quarter of the memory to move."""
+    """Flatten an observation to [D]: states as float32; a grid as bool, which takes a quarter of the memory."""
     return observation.reshape(-1).astype(bool if is_grid(env_id) else jnp.float32)
 
 
@@ -353,17 +376,18 @@ class Rollout(NamedTuple):
 
 
 def reset(env_id: str, num_envs: int, key: jax.Array) -> World:
-    """Starts all environments."""
+    """Reset all environments."""
     env, params = make_env(env_id)
     observations, states = jax.vmap(env.reset, (0, None))(jax.random.split(key, num_envs), params)
     return World(states, jax.vmap(partial(flatten, env_id))(observations), jnp.zeros(num_envs))
 
 
 def step(env_id: str, world: World, actions: jax.Array, keys: jax.Array) -> tuple[World, tuple[jax.Array, ...]]:
-    """Steps all environments; returns where they stand then, and the last five parts of a rollout, without T.
+    """Step all environments; returns where they stand then, and the last five parts of a rollout, without T.
 
-    actions: [N], or [N, A] of any size: what lies beyond the bounds is clipped here and nowhere else. gymnax resets on
-    the step that ends an episode: there is no phantom transition, but the observation then is the next episode's first.
+    actions: [N], or [N, A] of any size; what lies beyond the bounds is clipped here and nowhere else. gymnax resets an
+    environment on the step that ends its episode. So there is no phantom step, but the observation after that step is
+    the first of the next episode; the true final one is part of the rollout.
     """
     env, params = make_env(env_id)
     space = env.action_space(params)
@@ -384,11 +408,10 @@ def step(env_id: str, world: World, actions: jax.Array, keys: jax.Array) -> tupl
 
 
 def torso(network: Network, x: jax.Array) -> jax.Array:
-    """Features [..., F] of flattened observations [..., D].
+    """Compute features [..., F] of flattened observations [..., D], inside a module's __call__, which owns the layers.
 
-    An MLP, or a 3x3 convolution and then one (Young and Tian 2019). The convolution is a matrix product of patches: the
-    gradient of XLA's own is ten times slower within lax.scan on a CPU. Called inside a module's __call__, whose layers
-    these become.
+    An MLP, or 3x3 convolutions and then an MLP (Young and Tian 2019). A convolution is a matrix product of patches,
+    because the gradient of XLA's own is ten times slower within lax.scan on a CPU.
     """
     dense = partial(nn.Dense, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))
     x = x.astype(jnp.float32)
@@ -413,7 +436,7 @@ class Policy(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """x: [..., D], normalised. Returns logits [..., A], or mean and log standard deviation, both [..., A]."""
+        """Return logits [..., A], or mean and log standard deviation, both [..., A], for normalised x [..., D]."""
         x = torso(self.network, x)
         output = nn.Dense(self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))(x)
         if not self.gaussian:
@@ -429,13 +452,13 @@ class Value(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x as in `torso`. Returns values [...]."""
+        """Return values [...] for normalised x [..., D]."""
         x = torso(self.network, x)
         return nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x).squeeze(-1)
 
 
 def distribution(outputs: jax.Array | tuple[jax.Array, jax.Array]) -> distrax.Distribution:
-    """The action distribution that a policy's outputs stand for."""
+    """Return the action distribution for a policy's outputs: logits, or mean and log standard deviation; [..., A]."""
     if isinstance(outputs, tuple):
         mean, log_std = outputs
         return distrax.MultivariateNormalDiag(mean, jnp.exp(log_std))
@@ -448,7 +471,7 @@ def distribution(outputs: jax.Array | tuple[jax.Array, jax.Array]) -> distrax.Di
 
 
 class Stats(NamedTuple):
-    """Running mean and variance, and the number of samples they rest on."""
+    """Running mean and variance, and the number of samples they are computed from."""
 
     mean: jax.Array
     var: jax.Array
@@ -456,7 +479,7 @@ class Stats(NamedTuple):
 
 
 def update_stats(stats: Stats, samples: jax.Array) -> Stats:
-    """Adds samples [B, ...] (Chan et al. 1979, pairwise update)."""
+    """Add samples [B, ...] (Chan et al. 1979, pairwise update)."""
     n = len(samples)
     mean, var = samples.mean(0), samples.var(0)
     count = stats.count + n
@@ -466,7 +489,10 @@ def update_stats(stats: Stats, samples: jax.Array) -> Stats:
 
 
 def normalize(observations: jax.Array, stats: Stats | None) -> jax.Array:
-    """States [..., D] less their running mean, over their running standard deviation, clipped to ±10; a grid as is."""
+    """Subtract the running mean from states [..., D], divide by the running standard deviation, clip to ±10.
+
+    A grid has no statistics, and stays as it is.
+    """
     if stats is None:
         return observations
     return jnp.clip((observations - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
@@ -475,9 +501,10 @@ def normalize(observations: jax.Array, stats: Stats | None) -> jax.Array:
 def discount_forward(
     rewards: jax.Array, dones: jax.Array, carried: jax.Array, gamma: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Discounted sum of the rewards so far, g_t = γ g_{t-1} + r_t, from 0 in each episode: what scales the rewards.
+    """Compute the discounted sum of the rewards so far, g_t = γ g_{t-1} + r_t; its deviation scales the rewards.
 
-    rewards, dones: [T, N]; carried: [N], from the rollout before. Returns what to carry on, [N], and all g, [T, N].
+    rewards, dones: [T, N]; carried: [N], from the rollout before. Each episode starts at 0. Returns what to carry to
+    the next rollout, [N], and all g, [T, N].
     """
 
     def step(g, x):
@@ -492,10 +519,10 @@ def compute_gae(
     rewards: jax.Array, values: jax.Array, next_values: jax.Array, terminations: jax.Array, truncations: jax.Array,
     gamma: float, gae_lambda: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation (Schulman et al. 2016): advantages and returns, both [T, N].
+    """Compute advantages and returns, both [T, N], by generalised advantage estimation (Schulman et al. 2016).
 
     All arrays: [T, N]; next_values: of the observation that each step led to, also where a new episode began instead.
-    A terminated step does not bootstrap, a truncated one does; what is both is terminated. Both cut the trace.
+    A terminated step does not bootstrap, a truncated one does; one that is both is terminated. Both cut the trace.
     """
     dones = jnp.maximum(terminations, truncations)
     deltas = rewards + gamma * next_values * (1.0 - terminations) - values
@@ -510,7 +537,7 @@ def compute_gae(
 
 
 def standardize(advantages: jax.Array) -> jax.Array:
-    """Advantages [B] with mean 0 and variance 1."""
+    """Bring advantages [B] to mean 0 and variance 1."""
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
@@ -528,9 +555,9 @@ class Batch(NamedTuple):
 def ppd_terms(
     outputs: Any, value: jax.Array, sample: Batch, clip_coef: float, kl_direction: str
 ) -> dict[str, jax.Array]:
-    """The terms of one sample's loss (Algorithm 1), as scalars.
+    """Compute the terms of one sample's loss, as scalars (Algorithm 1).
 
-    outputs: the student policy's, [A] each; value: the student's, []; sample: its advantage is standardised already.
+    outputs: of the student's policy, [A] each; value: of the student, []; sample: its advantage is standardised.
     """
     pi, teacher = distribution(outputs), distribution(sample.teacher)
     log_ratio = pi.log_prob(sample.actions) - sample.log_probs
@@ -552,10 +579,10 @@ def ppd_loss(
     outputs: Any, values: jax.Array, batch: Batch, distill_coef: float | None, clip_coef: float, ent_coef: float,
     vf_coef: float, kl_direction: str,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a minibatch and its terms, averaged over the samples.
+    """Compute the loss of a minibatch and its terms, averaged over the samples.
 
-    outputs: the student policy's, [B, A] (each); values: the student's, [B]; distill_coef: λ at this step, or None for
-    PPO, which has no teacher.
+    outputs: of the student's policy, [B, A] (each); values: of the student, [B]; distill_coef: λ at this step, or None
+    for PPO, which has no teacher.
     """
     terms = jax.vmap(partial(ppd_terms, clip_coef=clip_coef, kl_direction=kl_direction))(outputs, values, batch)
     terms = jax.tree.map(jnp.mean, terms)
@@ -569,9 +596,9 @@ def distill_loss(
     outputs: Any, values: jax.Array, teacher_outputs: Any, teacher_values: jax.Array, ent_coef: float, vf_coef: float,
     kl_direction: str,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The baselines' loss of a rollout (Algorithms 2 and 3) and its terms, averaged over the samples.
+    """Compute the baselines' loss of a rollout (Algorithms 2 and 3) and its terms, averaged over the samples.
 
-    outputs, teacher_outputs: the two policies', [B, A] (each); values, teacher_values: [B].
+    outputs, teacher_outputs: of the two policies, [B, A] (each); values, teacher_values: [B].
     """
     pi, teacher = distribution(outputs), distribution(teacher_outputs)
     kl = teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)
@@ -596,7 +623,7 @@ class Networks(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """A teacher: parameters {"policy": ..., "value": ...}, and the statistics of the states it stands on."""
+    """Players that do not learn: parameters {"policy": ..., "value": ...}, and the statistics of their states."""
 
     params: dict
     obs_stats: Stats | None
@@ -614,14 +641,23 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
+def make_networks(env_id: str, network: Network, teacher: Networks | None = None) -> Networks:
+    """Make the policy and the value of a task, beside those of the teacher."""
+    env, params = make_env(env_id)
+    space = env.action_space(params)
+    gaussian = bool(space.shape)
+    policy = Policy(network, int(np.prod(space.shape)) if gaussian else int(space.n), gaussian)
+    return Networks(policy, Value(network), *((None, None) if teacher is None else teacher[:2]))
+
+
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam, after clipping the global norm of the gradient; on one flat vector, which takes fewer and larger steps."""
+    """Return Adam after clipping of the gradient's global norm, on one flat vector: fewer and larger operations."""
     return optax.flatten(
         optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate, eps=1e-5)))
 
 
 def init_state(args: Args, networks: Networks, seed: int) -> TrainState:
-    """A fresh teacher, or a fresh student, from the seed alone."""
+    """Initialise a teacher, or a student, from the seed alone."""
     key = jax.random.PRNGKey(seed)
     key = key if networks.teacher is None else jax.random.fold_in(key, 1)  # not the weights its teacher began with
     key, policy_key, value_key, reset_key = jax.random.split(key, 4)
@@ -635,18 +671,23 @@ def init_state(args: Args, networks: Networks, seed: int) -> TrainState:
 
 
 def stack(trees: list) -> Any:
-    """Puts trees of one shape side by side, along a new leading axis.
+    """Put trees of one shape side by side, along a new leading axis.
 
-    Networks are initialised one by one and then stacked: a batched orthogonal initialisation, which vmap would make of
-    it, can hang for ever on two cores (seen with JAX 0.10).
+    Networks are initialised one by one and then stacked. vmap would make one batched orthogonal initialisation of it,
+    and that can hang for ever on two cores (seen with JAX 0.10).
     """
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def collect(args: Args, policy: Policy, params: dict, stats: Stats | None, world: World, key: jax.Array) -> tuple:
-    """Steps the environments T times, with actions that the policy samples; returns where they stand, and the rollout.
+def pick(tree: Any, which: Any) -> Any:
+    """Return these entries of the leading axis of all arrays of a tree; the inverse of `stack` for a single number."""
+    return jax.tree.map(lambda x: x[which], tree)
 
-    All random numbers are drawn ahead, in one call: drawn step by step they cost as much as the network.
+
+def collect(args: Args, policy: Policy, params: dict, stats: Stats | None, world: World, key: jax.Array) -> tuple:
+    """Step the environments T times with sampled actions; returns where they stand, and the rollout.
+
+    One call draws all random numbers ahead, because drawn step by step they cost as much as the network.
     """
     noise_key, step_key = jax.random.split(key)
     sizes = args.num_steps, args.num_envs
@@ -665,7 +706,7 @@ def collect(args: Args, policy: Policy, params: dict, stats: Stats | None, world
 
 
 def gradient_step(args: Args, loss_fn: Callable, params: dict, opt_state: optax.OptState) -> tuple:
-    """Follows the gradient of loss_fn(params) once; returns parameters and optimiser state, and the loss's terms."""
+    """Follow the gradient of loss_fn(params) once; returns parameters and optimiser state, and the loss's terms."""
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
     updates, opt_state = make_optimizer(args).update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
@@ -676,7 +717,7 @@ def gradient_step(args: Args, loss_fn: Callable, params: dict, opt_state: optax.
 def learn_ppd(
     args: Args, networks: Networks, teacher: Frozen | None, state: TrainState, rollout: Rollout, distill_coef: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """PPD, or PPO where there is no teacher: epochs of minibatches from one rollout."""
+    """Learn by PPD, or by PPO where there is no teacher: epochs of minibatches from one rollout."""
     dones = jnp.maximum(rollout.terminations, rollout.truncations)
 
     # The parameters are still those of the rollout, so its values and log-probabilities are one batched call
@@ -700,7 +741,7 @@ def learn_ppd(
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
 
     def train_minibatch(carry, indices):
-        minibatch = jax.tree.map(lambda x: x[indices], batch)
+        minibatch = pick(batch, indices)
         minibatch = minibatch._replace(advantages=standardize(minibatch.advantages))
 
         def loss_fn(params):
@@ -730,7 +771,7 @@ def learn_ppd(
 def learn_by_regression(
     args: Args, networks: Networks, teacher: Frozen, state: TrainState, rollout: Rollout
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The baselines: one gradient step on a whole rollout, towards the teacher's policy and value."""
+    """Learn as the baselines do: one gradient step on a whole rollout, towards the teacher's policy and value."""
     observations = normalize(rollout.observations.reshape(args.batch_size, -1), state.obs_stats)
     teacher_outputs = networks.teacher.apply(teacher.params["policy"], observations)
     teacher_values = networks.teacher_value.apply(teacher.params["value"], observations)
@@ -748,7 +789,7 @@ def learn_by_regression(
 def update(
     args: Args, networks: Networks, teacher: Frozen | None, state: TrainState, distill_coef: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Collects a rollout and learns from it; returns the new state and the metrics."""
+    """Collect a rollout and learn from it; returns the new state and the metrics."""
     key, rollout_key = jax.random.split(state.key)
     acting = (networks.policy, state.params) if args.method != "teacher-distill" else (networks.teacher, teacher.params)
     world, rollout = collect(args, acting[0], acting[1]["policy"], state.obs_stats, state.world, rollout_key)
@@ -762,20 +803,20 @@ def update(
 
 
 def fill_devices(num_runs: int) -> np.ndarray:
-    """Indices of runs, the last repeated until all devices have as many: 0 1 2 3 4 4 for five runs on two devices."""
+    """Return indices of runs, the last repeated until all devices have as many: 0 1 2 3 4 4 for 5 runs on 2 devices."""
     size = num_runs + -num_runs % min(num_runs, len(jax.devices()))
     return np.minimum(np.arange(size), num_runs - 1)
 
 
 def over_devices(num_runs: int) -> jax.sharding.NamedSharding:
-    """How the runs lie on the devices, the same number on each: GPUs, or cores of a CPU, which share one run badly."""
+    """Spread the runs over the devices, as many on each: GPUs, or cores of a CPU, which share a single run badly."""
     size = max(n for n in range(1, len(jax.devices()) + 1) if num_runs % n == 0)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:size]), "runs")
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("runs"))
 
 
 def side_by_side(one_run: Callable, *trees: Any) -> Any:
-    """one_run(*trees) for every entry of the trees' leading axis [R]: vectorised, and spread over the devices."""
+    """Compute one_run(*trees) for every entry of the leading axis [R]: vectorised, and spread over the devices."""
     place = over_devices(len(jax.tree.leaves(trees)[0]))
     return jax.shard_map(
         jax.vmap(one_run), mesh=place.mesh, in_specs=place.spec, out_specs=place.spec, check_vma=False)(*trees)
@@ -785,7 +826,7 @@ def side_by_side(one_run: Callable, *trees: Any) -> Any:
 def train(
     args: Args, networks: Networks, teacher: Frozen | None, state: TrainState, distill_coefs: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """K updates of each of R runs; returns the new states, and the means of the updates' metrics, [R] each.
+    """Do K updates of each of R runs; returns the new states, and the means of the updates' metrics, [R] each.
 
     teacher, state: with a leading axis [R]; without a teacher it is PPO. distill_coefs: [R, K], λ at each update.
     """
@@ -804,260 +845,291 @@ def train(
 # ======================================================================================================================
 
 SCRIPT = Path(__file__).stem
-FORMAT, VERSION = "proximal-policy-distillation", 2
-CHECKPOINTS = ("checkpoint.msgpack", "checkpoint_previous.msgpack")
-
-
-def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Writes a file whole or not at all: a killed run leaves no half of it under this name.
-
-    keep: the name under which the file that it replaces stays.
-    """
-    temporary = path.with_name(f".{path.name}.new")  # always the same, so what a killed run left of it goes, too
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except BaseException:  # a full disk, or a signal
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a small file for people and programs."""
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def save_tree(path: Path, kind: str, tree: dict, keep: Path | None = None) -> None:
-    """Writes plain dicts, lists, strings, numbers and arrays as msgpack, in an envelope with their checksum."""
-    payload = serialization.msgpack_serialize(jax.device_get(tree))
-    envelope = {"format": FORMAT, "version": VERSION, "kind": kind, "sha256": hashlib.sha256(payload).hexdigest()}
-    write_atomic(path, serialization.msgpack_serialize(envelope | {"payload": payload}), keep)
-
-
-def read_tree(path: str | Path, kind: str) -> dict:
-    """Reads a file of save_tree; ValueError if it is missing, cut short, damaged or something else."""
-    wrong = f"{path} is no {kind} file of this project, or is cut short"
-    try:
-        envelope = serialization.msgpack_restore(Path(path).read_bytes())
-        names = ("format", "version", "kind", "sha256", "payload")
-        form, version, found, digest, payload = (envelope[name] for name in names)
-        if form == FORMAT and (version, found) != (VERSION, kind):
-            wrong = f"{path} is a {found!r:.20} file, version {version!r:.20}; needed is {kind!r}, version {VERSION}"
-        elif form == FORMAT and digest != hashlib.sha256(payload).hexdigest():
-            wrong = f"{path} is damaged: its checksum does not match"
-        elif form == FORMAT and isinstance(tree := serialization.msgpack_restore(payload), dict):
-            return tree
-    except OSError as error:
-        wrong = f"cannot read {path}: {error.strerror}"
-    except Exception:  # msgpack raises many kinds for bytes that are not its own
-        pass
-    raise ValueError(wrong)
-
-
-def load_tree(path: str | Path, kind: str) -> dict:
-    """Reads a file of save_tree; ends the program if it is missing, cut short, damaged or something else."""
-    try:
-        return read_tree(path, kind)
-    except ValueError as error:
-        fail(str(error))
-
-
-def check_arrays(what: str, found: Any, expected: Any) -> None:
-    """Raises ValueError unless what a file holds is finite, and of these shapes and types."""
-    describe = partial(jax.tree.map, lambda x: (tuple(x.shape), np.dtype(x.dtype)))
-    if describe(found) != describe(expected):
-        raise ValueError(f"its {what} are not those of the network it describes")
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
-        raise ValueError(f"its {what} are not all finite")
-
-
-def as_frozen(tree: dict) -> Frozen:
-    """Parameters and statistics as a file holds them."""
-    stats = tree["obs_stats"]
-    params = {name: tree["params"][name] for name in ("policy", "value")}
-    return jax.tree.map(jnp.asarray, Frozen(params, None if stats is None else Stats(**stats)))
-
-
-def describe_run(args: Args, network: Network) -> dict:
-    """What every file of results or of a model says about where it comes from."""
-    return {"env_id": args.env_id, "script": SCRIPT, "network": plain(network), "args": plain_args(args),
-            "command": command_line(args), "versions": versions()}
-
-
-def save_models(
-    args: Args, policy: Policy, role: str, name: str, players: Frozen, evaluation: dict, folder: Path
-) -> None:
-    """Writes a model file for each seed, {name}_{seed}.msgpack; players: with a leading axis [S]."""
-    for i in range(args.num_seeds):
-        player = jax.tree.map(lambda x, i=i: x[i], players)
-        returns = evaluation["returns"][i]
-        found = {"mean": evaluation["means"][i], "std": float(np.std(returns)), "returns": returns}
-        save_tree(folder / f"{name}_{args.seed + i}.msgpack", "model", describe_run(args, policy.network) | {
-            "library": "gymnax", "role": role, "action_dim": policy.action_dim,
-            "observation_shape": [observation_dim(args.env_id)], "params": player.params,
-            "obs_stats": None if player.obs_stats is None else player.obs_stats._asdict(), "evaluation": found})
-
-
-def load_teachers(args: Args) -> tuple[Networks, Frozen] | None:
-    """The networks of --teacher and, with a leading axis [S], its parameters; None where each seed trains its own."""
-    if args.teacher is None:
-        return None
-    paths = [args.teacher] * args.num_seeds
-    if os.path.isdir(args.teacher):
-        paths = [os.path.join(args.teacher, f"teacher_{args.seed + i}.msgpack") for i in range(args.num_seeds)]
-    found = {path: load_teacher(args, path) for path in paths}  # one file is read once
-    if len({networks for networks, _ in found.values()}) > 1:
-        fail(f"the teachers in {args.teacher} are not of one size")
-    return found[paths[0]][0], stack([found[path][1] for path in paths])
-
-
-def load_teacher(args: Args, path: str) -> tuple[Networks, Frozen]:
-    """The networks and parameters of a teacher's file."""
-    model = load_tree(path, "model")
-    try:
-        kind, channels, hidden = (model["network"][name] for name in Network._fields)
-        network = Network(kind, tuple(map(int, channels)), tuple(map(int, hidden)))
-        if model["env_id"] != args.env_id:
-            raise ValueError(f"its task is {model['env_id']}")
-        if kind not in ("mlp", "minatar") or len(channels) + len(hidden) > MAX_LAYERS:
-            raise ValueError(f"its network is of the kind {kind}, with {len(channels) + len(hidden)} layers")
-        networks = make_networks(args.env_id, network)
-        x = jax.ShapeDtypeStruct((observation_dim(args.env_id),), jnp.float32)
-        stats = None if is_grid(args.env_id) else Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32))
-        shapes = {name: jax.eval_shape(getattr(networks, name).init, jax.random.PRNGKey(0), x)
-                  for name in ("policy", "value")}
-        frozen = as_frozen(model)
-        check_arrays("parameters", frozen, Frozen(shapes, stats))
-    except Exception as error:  # of many kinds, for content of any kind
-        fail(f"{path} is no teacher of {args.env_id}: {type(error).__name__} {error}")
-    return networks, frozen
-
-
-def plain(network: Network) -> dict:
-    """A network as files describe it."""
-    return {"kind": network.kind, "channels": list(network.channels), "hidden": list(network.hidden)}
-
-
-def plain_args(args: Args) -> dict:
-    """The flags as plain values, but not where the run's files lie: that says nothing on another machine."""
-    return json.loads(json.dumps(dataclasses.asdict(args) | {"run_dir": None, "resume": None}))
-
-
-def command_line(args: Args) -> str:
-    """The command that repeats this run: task, seed, and every flag of learning that is not its default."""
-    elsewhere = ("env_id", "seed", "device", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity")
-    words = ["python", f"{SCRIPT}.py", "--env-id", args.env_id, "--seed", str(args.seed)]
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if field.name not in elsewhere and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-    return " ".join(words)
-
-
-def versions() -> dict[str, str]:
-    """What the run stands on."""
-    return {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
-            "gymnax": importlib.metadata.version("gymnax"), "device": jax.devices()[0].device_kind}
-
-
-def check_finite(metrics: dict[str, np.ndarray], place: str, folder: Path) -> None:
-    """Ends the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
-    bad = [name for name, values in metrics.items() if name.startswith("losses/") and not np.isfinite(values).all()]
-    if bad:
-        last = folder / CHECKPOINTS[0]
-        raise SystemExit(f"error: {place} gave {bad[0]} = {metrics[bad[0]]}; the last good state is {last}")
-
-
-def stop(folder: Path, number: int) -> NoReturn:
-    """Ends the program for the signal of this number."""
-    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-    raise SystemExit(128 + number)
-
-
+FORMAT = "proximal-policy-distillation 3"
+PHASES = ("teacher", "student")
 # Of progress.csv; a teacher's training has no distillation losses, the baselines no PPO's, and their cells stay empty
 COLUMNS = ["phase", "seed", "distill_coef", "global_step", "seconds", "charts/SPS", "charts/episodic_return"] + [
     f"losses/{name}" for name in ("loss", "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac",
                                   "distill_loss", "teacher_kl", "grad_norm", "param_norm")]
 
 
-class Log:
-    """progress.csv and TensorBoard events in the run's folder; Weights & Biases, where asked for, gets them as well."""
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, also when the process is killed or the power fails."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name must reach the disk as well
+    os.close(folder)
 
-    def __init__(self, folder: Path, args: Args, num_rows: int):
-        """num_rows: how many rows to keep; those after them, of updates that are made again, are dropped."""
-        path = folder / "progress.csv"
-        if path.exists():
-            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # whole ones
-            write_atomic(path, b"".join(lines[: num_rows + 1]))
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a small file for people and programs."""
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def save_file(path: Path, about: dict, tree: Any) -> None:
+    """Write a model or a checkpoint: arrays by their path in the tree, and `about` as JSON in the header."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    arrays = {jax.tree_util.keystr(where, simple=True, separator="/"): np.asarray(x) for where, x in leaves}
+    header = {"about": json.dumps({"format": FORMAT} | about)}
+    header["crc32"] = str(zlib.crc32(safetensors.numpy.save(arrays, header)))
+    write_atomic(path, safetensors.numpy.save(arrays, header))
+
+
+def read_file(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read `about` and the arrays of a file; ValueError if it is missing, cut short, damaged or something else."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            header = {"about": "{}", "crc32": ""} | (file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        about, crc32 = json.loads(header["about"]), header.pop("crc32")
+        if about.get("format") != FORMAT:
+            raise ValueError(f"its format is {about.get('format')!r:.50}, not {FORMAT!r}")
+        if str(zlib.crc32(safetensors.numpy.save(arrays, header))) != crc32:
+            raise ValueError("it is damaged: its checksum does not match")
+    except Exception as error:  # of many kinds, for content of any kind
+        hint = "; .msgpack files are of an older version" if str(path).endswith(".msgpack") else ""
+        raise ValueError(f"cannot read {path}: {error}{hint}") from None
+    return about, arrays
+
+
+def fill(template: Any, arrays: dict[str, np.ndarray], prefix: str) -> Any:
+    """Return the template's tree with a file's arrays; ValueError unless they are finite, of its shapes and types."""
+
+    def leaf(where, x):
+        name = f"{prefix}/{jax.tree_util.keystr(where, simple=True, separator='/')}"
+        found = arrays.get(name)
+        if found is None or (found.shape, found.dtype) != (x.shape, x.dtype) or not np.isfinite(found).all():
+            raise ValueError(f"its {name} is not finite and of the shape {x.shape}")
+        return jnp.array(found)
+
+    return jax.tree_util.tree_map_with_path(leaf, template)
+
+
+@contextmanager
+def checked(what: str) -> Iterator[None]:
+    """End the program in one line where the content of a file is not what it says."""
+    try:
+        yield
+    except Exception as error:  # of many kinds, for content of any kind
+        fail(f"{what}: {type(error).__name__} {error}")
+
+
+class Run:
+    """The folder of a run: args.json, progress.csv, TensorBoard's events and checkpoints; --track adds W&B."""
+
+    def __init__(self, args: Args, saved: dict | None):
+        """Begin, or go on from a checkpoint: what was logged after it is dropped, since it will be made again."""
+        self.folder = Path(args.resume or args.run_dir or f"runs/{args.name}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
+        except FileExistsError:  # another run began in this second
+            self.folder = Path(f"{self.folder}_{os.getpid()}")
+            self.folder.mkdir()
+        except OSError as error:
+            fail(f"cannot create {self.folder}: {error.strerror}")
+        command = saved["command"] if saved else shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        self.about = {
+            "env_id": args.env_id, "script": SCRIPT, "command": command,
+            "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
+            "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+                         "gymnax": importlib.metadata.version("gymnax"), "device": jax.devices()[0].device_kind}}
+        write_json(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
+
+        begin = {"bytes": 0, "rows": 0, "steps": dict.fromkeys(PHASES, 0), "SPS": dict.fromkeys(PHASES, 0.0),
+                 "seconds": 0.0, "wandb_id": secrets.token_hex(4)}
+        self.logged = saved["logged"] if saved else begin
+        self.began, self.compiled = time.time() - self.logged["seconds"], {}
+        self.file = open(self.folder / "progress.csv", "a+", newline="")
+        self.file.seek(0)
+        self.sent = self.file.read().count("\n") - 1  # rows, without the header
+        self.file.truncate(min(self.file.tell(), self.logged["bytes"]))
+        self.events = {}
+        for phase in PHASES:  # each in its folder, since steps begin anew: START drops all later ones of its folder
+            folder, first = self.folder / "tfevents" / phase, self.logged["steps"][phase] + 1
+            folder.mkdir(parents=True, exist_ok=True)
+            self.events[phase] = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+            self.events[phase].write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
         self.tracker = None
         if args.track:
-            import wandb
+            with checked("--track"):
+                import wandb
 
-            try:
-                self.tracker = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=folder.name,
-                                          resume="allow", config=plain_args(args))
-            except wandb.Error as error:
-                fail(f"--track: {error}")
+                self.tracker = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
+                    config=vars(args), id=self.logged["wandb_id"], resume="allow")
             self.tracker.define_metric("*", step_metric="global_step")
-        self.file = open(path, "a", newline="", buffering=1)
-        self.tensorboard = SummaryWriter(str(folder))
-        self.num_rows = num_rows
 
-    def write(self, run: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Logs the metrics of one run; run: its phase, seed, λ, step and seconds."""
+    def log(self, phase: str, step: int, runs: list[tuple[int, float]], metrics: dict[str, np.ndarray]) -> None:
+        """Log the part of a phase that ended at this environment step, with a row for each run.
+
+        runs: seed and λ of each; metrics: [R]. The speed is that of all runs together; it leaves out the first part,
+        which compiles.
+        """
+        seconds, steps, sps = time.time() - self.began, self.logged["steps"], self.logged["SPS"]
+        first, since = self.compiled.setdefault(phase, (step, seconds))
+        if step > first:
+            sps[phase] = (step - first) * len(runs) / (seconds - since)
+        elif not sps[phase]:
+            sps[phase] = (step - steps[phase]) * len(runs) / (seconds - self.logged["seconds"])
         table = csv.DictWriter(self.file, COLUMNS)
-        if self.file.tell() == 0:
+        if self.file.seek(0, os.SEEK_END) == 0:
             table.writeheader()
-        table.writerow(run | metrics)
-        self.num_rows += 1
-        known = {name: value for name, value in metrics.items() if np.isfinite(value)}  # no return before an end
-        about, step = f"{run['phase']}_{run['seed']}_lambda_{run['distill_coef']:g}", run["global_step"]
-        for name, value in known.items():
-            self.tensorboard.add_scalar(f"{about}/{name.replace('/', '-')}", value, step)
-        if self.tracker is not None:
-            self.tracker.log({f"{about}/{name}": value for name, value in known.items()} | {"global_step": step})
+        for i, (seed, distill_coef) in enumerate(runs):
+            values = {name: float(x[i]) for name, x in metrics.items()}
+            table.writerow({"phase": phase, "seed": seed, "distill_coef": distill_coef, "global_step": step,
+                            "seconds": round(seconds, 3), "charts/SPS": sps[phase]} | values)
+            self.file.flush()
+            self.logged["rows"] += 1
+            tag = f"{phase}_{seed}_lambda_{distill_coef:g}"
+            finite = {f"{tag}/{name}": x for name, x in values.items() if np.isfinite(x)}  # no return before an end
+            for name, x in finite.items():
+                self.events[phase].write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, x)))
+            if self.tracker is not None and self.logged["rows"] > self.sent:  # sent before a crash is not sent again
+                self.tracker.log({"global_step": step} | finite)
+        self.events[phase].flush()
+        steps[phase] = step
+        self.logged |= {"bytes": self.file.tell(), "seconds": seconds}
+
+    def save(self, phase: str, updates: int, networks: Networks, state: TrainState, teacher: Frozen | None) -> None:
+        """Save all that --resume needs; two files stay. teacher: before noise [S], None while teachers are trained."""
+        os.fsync(self.file.fileno())  # rows are on the disk before a checkpoint counts on them
+        teacher_network = (networks.teacher or networks.policy).network._asdict()
+        about = {"phase": phase, "updates": updates, "logged": self.logged, "teacher_network": teacher_network}
+        known = {} if teacher is None else {"teacher": teacher.params | {"obs_stats": teacher.obs_stats}}
+        path = self.folder / f"checkpoint_{self.logged['rows']:012d}.safetensors"
+        save_file(path, self.about | about, {"state": state} | known)
+        for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
+            old.unlink()
 
     def close(self) -> None:
-        """Writes out what is left."""
+        """Close all files."""
         self.file.close()
-        self.tensorboard.close()
+        for events in self.events.values():
+            events.close()
         if self.tracker is not None:
             self.tracker.finish()
 
 
+def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str]:
+    """Read a run's newest whole checkpoint: flags, all else, arrays, which it is; end the program if there is none."""
+    check = partial(check_type, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    problems = ""
+    for path in sorted(Path(folder).glob("checkpoint_*.safetensors"), reverse=True):
+        try:
+            about, arrays = read_file(path)
+        except ValueError as error:
+            problems += f"{error}; "
+            continue
+        if about.get("script") != SCRIPT:
+            fail(f"{folder} is a run of {about.get('script')}.py; go on with that script")
+        with checked(f"{folder} was made by another version of {SCRIPT}.py"):
+            flags = {name: tuple(x) if isinstance(x, list) else x for name, x in about["args"].items()}
+            for field in dataclasses.fields(Args):
+                check(flags[field.name], field.type)
+            logged = about["logged"]
+            counts = [about["updates"], logged["bytes"], logged["rows"], *(logged["steps"][phase] for phase in PHASES)]
+            numbers = [logged["seconds"], *(logged["SPS"][phase] for phase in PHASES)]
+            check(counts, list[int])
+            check(numbers, list[float])
+            check([logged["wandb_id"], about["command"]], list[str])
+            if about["phase"] not in PHASES or not all(0 <= x <= 1e15 for x in counts + numbers):
+                raise ValueError(f"it stands at {about['phase']}, {counts}, {numbers}")
+            return Args(**flags), about, arrays, f"{problems}going on from {path}"
+    fail(f"{problems}{folder} holds no checkpoint to go on from")
+
+
+def read_network(found: dict) -> Network:
+    """Return the network that a file describes; raises an exception of any kind if it does not describe one."""
+    network = Network(found["kind"], tuple(found["channels"]), tuple(found["hidden"]))
+    if len(network.channels) + len(network.hidden) > MAX_LAYERS:
+        raise ValueError(f"its network has more than {MAX_LAYERS} layers")
+    return check_type(network, Network, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+
+
+def shapes_of(args: Args, networks: Networks, *axes: int) -> TrainState:
+    """Return the shapes and types of a training state, with these axes before its own; computes nothing."""
+    state = jax.eval_shape(partial(init_state, args, networks), 0)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype), state)
+
+
+def make_frozen(shapes: TrainState, arrays: dict[str, np.ndarray]) -> Frozen:
+    """Return the players of a model's arrays; ValueError unless these are of the shapes."""
+    params = {name: fill(shapes.params[name], arrays, name) for name in ("policy", "value")}
+    return Frozen(params, fill(shapes.obs_stats, arrays, "obs_stats"))
+
+
+def load_teacher(args: Args, path: str) -> tuple[Networks, Frozen]:
+    """Read the networks and the parameters of a teacher's file; end the program if it does not fit the task."""
+    try:
+        about, arrays = read_file(path)
+    except ValueError as error:
+        fail(str(error))
+    with checked(f"{path} is no teacher of {args.env_id}"):
+        if about["env_id"] != args.env_id:
+            raise ValueError(f"its task is {about['env_id']}")
+        networks = make_networks(args.env_id, read_network(about["network"]))
+        found, needed = about["observation_shape"], [observation_dim(args.env_id)]
+        if (found, about["action_dim"]) != (needed, networks.policy.action_dim):
+            raise ValueError(f"its observations and actions are of {found} and {about['action_dim']}")
+        return networks, make_frozen(shapes_of(args, networks), arrays)
+
+
+def load_teachers(args: Args) -> tuple[Networks, Frozen]:
+    """Read --teacher: a file for all seeds, or a folder with one for each; returns networks, and parameters [S]."""
+    paths = [args.teacher] * args.num_seeds
+    if os.path.isdir(args.teacher):
+        paths = [os.path.join(args.teacher, f"teacher_{args.seed + i}.safetensors") for i in range(args.num_seeds)]
+    found = {path: load_teacher(args, path) for path in dict.fromkeys(paths)}
+    if len({networks for networks, _ in found.values()}) > 1:
+        fail(f"the teachers in {args.teacher} are not of one size")
+    return found[paths[0]][0], stack([found[path][1] for path in paths])
+
+
+def save_models(
+    args: Args, run: Run, role: str, name: str, policy: Policy, players: Frozen, evaluation: dict[str, Any]
+) -> None:
+    """Write a model file for each seed, {name}_{seed}.safetensors; players: [S]; evaluation: of `assess`."""
+    for i in range(args.num_seeds):
+        player, returns = pick(players, i), evaluation["returns"][i]
+        about = run.about | {
+            "library": "gymnax", "role": role, "network": policy.network._asdict(), "action_dim": policy.action_dim,
+            "observation_shape": [observation_dim(args.env_id)], "variant": {},
+            "evaluation": {"mean": evaluation["means"][i], "std": float(np.std(returns)), "returns": returns}}
+        path = run.folder / f"{name}_{args.seed + i}.safetensors"
+        save_file(path, about, player.params | {"obs_stats": player.obs_stats})
+
+
+def on_signal(act: Callable[[int], None]) -> None:
+    """Call act(number) at the first SIGINT or SIGTERM; a second one ends the program at once."""
+
+    def handle(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        act(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def stop(folder: Path, number: int) -> NoReturn:
+    """End the program for the signal of this number."""
+    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
 def wait(arrays: Any) -> Any:
-    """Waits for what is being computed where signals are seen, which they are not within XLA."""
+    """Wait until these arrays are computed; Python sees signals here, but not within XLA."""
     while not all(x.is_ready() for x in jax.tree.leaves(arrays)):
         time.sleep(0.005)
     return arrays
-
-
-@contextmanager
-def catch_signals(act: Callable[[int], None] | None = None) -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM, so that the update under way can end; a second ends the program at once.
-
-    act: called with the number of the first one, where there is nothing to wait for.
-    """
-    caught: list[int] = []
-
-    def catch(number: int, frame: Any) -> None:
-        caught.append(number)
-        for each in previous:
-            signal.signal(each, signal.SIG_DFL)
-        if act is not None:
-            act(number)
-
-    previous = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 # ======================================================================================================================
@@ -1067,7 +1139,7 @@ def catch_signals(act: Callable[[int], None] | None = None) -> Iterator[list[int
 
 @partial(jax.jit, static_argnames=("args", "policy"))
 def evaluate(args: Args, policy: Policy, players: Frozen, keys: jax.Array) -> jax.Array:
-    """Returns [R, E] of one episode in each of E environments: sums of raw rewards, undiscounted.
+    """Play one episode in each of E environments; returns their sums of raw rewards, undiscounted, [R, E].
 
     players: with a leading axis [R], as the keys. Each environment's first episode counts, so that short ones do not
     crowd out long.
@@ -1095,16 +1167,14 @@ def evaluate(args: Args, policy: Policy, players: Frozen, keys: jax.Array) -> ja
 
 
 def assess(args: Args, policy: Policy, players: Frozen) -> dict[str, Any]:
-    """Evaluates [R] policies, the seeds of one thing after another; returns means and what they rest on.
+    """Evaluate the policies of all seeds [S]; returns their means, the mean of these, and all returns.
 
-    interval: half the width of the 95% confidence interval of the mean over seeds, by Student's t.
+    interval: half the width of the 95% confidence interval of the mean over seeds, by Student's t; None for one seed.
     """
     indices = fill_devices(args.num_seeds)
     keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(args.seed + i), 2) for i in indices])
-    returns = wait(evaluate(args, policy, jax.tree.map(lambda x: x[indices], players), keys))
-    returns = np.asarray(returns)[:args.num_seeds]
-    means = returns.mean(1)
-    interval = None  # one seed has none
+    returns = np.asarray(wait(evaluate(args, policy, pick(players, indices), keys)))[:args.num_seeds]
+    means, interval = returns.mean(1), None
     if args.num_seeds > 1:
         quantile = scipy.stats.t.ppf(0.975, args.num_seeds - 1)
         interval = float(quantile * means.std(ddof=1) / np.sqrt(args.num_seeds))
@@ -1112,22 +1182,19 @@ def assess(args: Args, policy: Policy, players: Frozen) -> dict[str, Any]:
 
 
 def plot(folder: Path, args: Args, results: dict[str, Any]) -> None:
-    """Draws the curves of progress.csv, mean and range over seeds, and what was evaluated, as curves.png."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draw the returns of progress.csv, mean and range over seeds, and the evaluated teachers, as curves.png."""
+    curves = {}
     with open(folder / "progress.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    curves = dict.fromkeys((row["phase"], float(row["distill_coef"])) for row in rows)
-    for i, (phase, distill_coef) in enumerate(curves):
-        chosen = [row for row in rows if (row["phase"], float(row["distill_coef"])) == (phase, distill_coef)]
-        steps = sorted({int(row["global_step"]) for row in chosen})
-        values = np.array([[float(row["charts/episodic_return"]) for row in chosen if int(row["global_step"]) == step]
-                           for step in steps])
+        for row in csv.DictReader(file):
+            curve = curves.setdefault((row["phase"], float(row["distill_coef"])), {})
+            curve.setdefault(int(row["global_step"]), []).append(float(row["charts/episodic_return"]))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, ((phase, distill_coef), curve) in enumerate(curves.items()):
         label = phase if phase == "teacher" or len(curves) < 3 else f"{phase}, λ = {distill_coef:g}"
-        known = np.isfinite(values).all(1)
-        steps, values = np.array(steps)[known], values[known]
+        steps, values = np.array(list(curve)), np.array(list(curve.values()))
+        known = np.isfinite(values).all(1)  # a seed has no return before an episode's end
+        steps, values = steps[known], values[known]
         axes.plot(steps, values.mean(1), label=f"{label}, while it learns", color=f"C{i}")
         axes.fill_between(steps, values.min(1), values.max(1), color=f"C{i}", alpha=0.2, linewidth=0)
     for name, style in (("teacher", "--"), ("corrupted_teacher", ":")):
@@ -1141,7 +1208,6 @@ def plot(folder: Path, args: Args, results: dict[str, Any]) -> None:
     image = io.BytesIO()
     figure.savefig(image, dpi=120)
     write_atomic(folder / "curves.png", image.getvalue())
-    plt.close(figure)
 
 
 # ======================================================================================================================
@@ -1149,292 +1215,200 @@ def plot(folder: Path, args: Args, results: dict[str, Any]) -> None:
 # ======================================================================================================================
 
 
-def make_networks(env_id: str, network: Network, teacher: "Networks | None" = None) -> Networks:
-    """Policy and value of this make, beside those of the teacher."""
-    env, params = make_env(env_id)
-    space = env.action_space(params)
-    gaussian = bool(space.shape)
-    policy = Policy(network, int(np.prod(space.shape)) if gaussian else int(space.n), gaussian)
-    return Networks(policy, Value(network), *((None, None) if teacher is None else teacher[:2]))
-
-
-def corrupt(params: dict, std: float, seed: int) -> dict:
-    """An imperfect teacher (section 4.2): adds Gaussian noise of this standard deviation to every parameter."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
-    return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
-
-
 def choose_device(device: str) -> None:
-    """Settles where everything runs, before JAX first computes: on GPUs, or on each of its CPU cores apart."""
-    with suppress(RuntimeError):  # within a program that has computed already, it is settled
+    """Choose where everything runs, before JAX first computes: on GPUs, or on CPU cores, each a device of its own."""
+    with suppress(RuntimeError):  # a process that has computed already has its devices
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
         jax.config.update("jax_num_cpu_devices", len(cores))
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a flag's type."""
-    options = get_args(kind)
-    if get_origin(kind) is Literal:
-        return value in options
-    if get_origin(kind) is tuple:
-        alike = isinstance(value, tuple) and all(fits(x, options[0]) for x in value)
-        return alike and (options[-1] is ... or len(value) == len(options))
-    if options:
-        return any(fits(value, option) for option in options)
-    return type(value) is kind or (kind is float and type(value) is int)
+def corrupt(params: dict, std: float, seed: int) -> dict:
+    """Make an imperfect teacher (section 4.2): add Gaussian noise of this standard deviation to every parameter."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
+    return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
 
 
-def change_args(args: Args, flags: dict) -> Args:
-    """The flags of a file; raises an exception for one that is unknown, missing or of another type."""
-    if missing := [field.name for field in dataclasses.fields(args) if field.name not in flags]:
-        raise KeyError(missing[0])  # of a run before there was this flag, which its default might change
-    args = dataclasses.replace(args, **{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
-    for field in dataclasses.fields(args):
-        if not fits(getattr(args, field.name), field.type):
-            raise TypeError(f"{field.name} is {getattr(args, field.name)!r}")
-    return args
+def imperfect(args: Args, teacher: Frozen | None) -> Frozen | None:
+    """Return the teachers [S] as they teach: with --teacher-noise-std, add noise to their policies."""
+    if teacher is None or args.teacher_noise_std == 0:
+        return teacher
+    policies = [corrupt(pick(teacher.params["policy"], i), args.teacher_noise_std, args.teacher_noise_seed + i)
+                for i in range(args.num_seeds)]
+    return teacher._replace(params=teacher.params | {"policy": stack(policies)})
 
 
-def restore(args: Args) -> tuple[Args, dict | None]:
-    """With --resume: the flags and the newest whole checkpoint of that run, wherever its folder has moved to."""
-    if args.resume is None:
-        return args, None
-    newest, previous = (Path(args.resume, name) for name in CHECKPOINTS)
-    try:
-        saved = read_tree(newest, "checkpoint")
-    except ValueError as error:
-        if not previous.exists():
-            fail(str(error))
-        saved = load_tree(previous, "checkpoint")
-        print(f"{error}; going on from {previous}", file=sys.stderr)
-    if saved.get("script") != SCRIPT:
-        fail(f"{args.resume} is a run of {saved.get('script')}.py; go on with that script")
-    try:
-        if type(saved["updates"]) is not int or saved["updates"] < 0:
-            raise TypeError(f"updates is {saved['updates']!r}")
-        return change_args(Args(), saved["args"] | {"resume": args.resume, "device": args.device}), saved
-    except Exception as error:  # as in load_policy
-        fail(f"{args.resume} was made by another version of {SCRIPT}.py ({type(error).__name__} {error})")
-
-
-def check_saved(args: Args, saved: dict, teacher_networks: Networks, given: Frozen | None) -> None:
-    """Ends the program for a checkpoint that is none of this run, or whose teacher is not the one that is given now."""
-    learns = saved.get("phase") == "student"
-
-    def check(what, tree, args, networks, size):
-        whole = jax.eval_shape(partial(init_state, args, networks), 0)
-        expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), whole)
-        if what == "teacher":
-            expected = Frozen(expected.params, expected.obs_stats)
-        check_arrays(what, serialization.from_state_dict(expected, tree), expected)
-
-    try:
-        counts = saved["updates"], saved["num_rows"], *map(float, saved["timing"].values())
-        if saved["phase"] not in ("teacher", "student") or min(counts) < 0 or type(saved["num_rows"]) is not int:
-            raise ValueError(f"{saved['phase']!r}, {counts}")
-        phase = args if learns else teacher_args(args)
-        if saved["updates"] not in range(0, phase.updates_per_part * phase.parts + 1, phase.updates_per_part):
-            raise ValueError(f"no part of the {saved['phase']}'s training ends with update {saved['updates']}")
-        if learns:
-            networks, size = make_networks(args.env_id, args.network, teacher_networks), len(args.distill_coef)
-            check("arrays", saved["state"], args, networks, size * args.num_seeds)
-            check("teacher", saved["teacher"], teacher_args(args), teacher_networks, args.num_seeds)
-        else:
-            check("arrays", saved["state"], teacher_args(args), teacher_networks, args.num_seeds)
-        known = as_frozen(saved["teacher"]) if learns else given
-    except Exception as error:  # as in load_teacher
-        fail(f"{args.resume} holds no state of this run: {type(error).__name__} {error}")
-    if given is not None and not jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), known, given)):
-        fail(f"the teacher is not the one that {args.resume} began with; put its file back, or begin another run")
-
-
-def make_folder(args: Args) -> Path:
-    """Creates the run's folder, with args.json in it."""
-    name = f"{args.env_id}__{SCRIPT}__{args.student_size}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or args.run_dir or f"runs/{name}")
-    if args.resume is None:
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            fail(f"cannot create {folder}: {error.strerror}")
-        write_json(folder / "args.json", dataclasses.asdict(args) | {"versions": versions()})
-    return folder
-
-
-def distill_coef_at(args: Args, distill_coef: float, fraction: np.ndarray) -> np.ndarray:
-    """λ at these fractions of the run, from 0 at its first update to 1 at its last: constant, or linear."""
+def distill_coef_at(args: Args, distill_coef: float | np.ndarray, fraction: np.ndarray) -> np.ndarray:
+    """Return λ at these fractions of the run, from 0 at its first update to 1 at its last: constant, or linear."""
     final = distill_coef if args.distill_coef_final is None else args.distill_coef_final
     return distill_coef + fraction * (final - distill_coef)
 
 
+def check_finite(metrics: dict[str, np.ndarray], place: str, folder: Path) -> None:
+    """End the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
+    for name, values in metrics.items():
+        if name.startswith("losses/") and not np.isfinite(values).all():
+            raise SystemExit(f"error: {place} gave {name} = {values}; the last good state is in {folder}")
+
+
+def resume(args: Args) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read the checkpoint that --resume names; end the program where a flag contradicts the run's."""
+    flags, saved, arrays, note = load_checkpoint(args.resume)
+    for name, value in vars(flags).items():
+        if name not in RESUMABLE and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+    print(note, file=sys.stderr)
+    return saved, arrays
+
+
+def restore(
+    args: Args, saved: dict, arrays: dict[str, np.ndarray]
+) -> tuple[Networks, Frozen | None, tuple[int, TrainState]]:
+    """Make what a checkpoint holds: the teachers' networks and parameters [S]; the parts done and the state after them.
+
+    While the teachers are trained, their parameters are part of the state, and None here.
+    """
+    with checked(f"{args.resume} holds no state of this run"):
+        teacher_networks, teacher = make_networks(args.env_id, read_network(saved["teacher_network"])), None
+        trained, networks = teacher_args(args), teacher_networks
+        if saved["phase"] == "student":
+            own = {name.removeprefix("teacher/"): x for name, x in arrays.items()}
+            teacher = make_frozen(shapes_of(args, teacher_networks, args.num_seeds), own)
+            trained, networks = args, make_networks(args.env_id, args.network, teacher_networks)
+        part, rest = divmod(saved["updates"], trained.updates_per_part)
+        if rest or not 0 <= part <= trained.parts:
+            raise ValueError(f"no part of the {saved['phase']}'s training ends with update {saved['updates']}")
+        shapes = shapes_of(trained, networks, len(trained.distill_coef) * args.num_seeds)
+        return teacher_networks, teacher, (part, fill(shapes, arrays, "state"))
+
+
 def fit(
-    args: Args, networks: Networks, teacher: Frozen | None, original: Frozen | None, saved: dict | None, folder: Path,
-    log: Log, timing: dict[str, float],
+    args: Args, networks: Networks, teacher: Frozen | None, start: tuple[int, TrainState] | None, run: Run,
+    signals: list[int],
 ) -> TrainState:
-    """Trains the teachers, or with a teacher the students, from the start or a checkpoint; returns their states.
+    """Train the teachers or, given these, the students; returns their states [R], as NumPy arrays.
 
-    The runs are all seeds under the first λ, then all under the next. teacher, original: as it teaches and as it was
-    before noise, with a leading axis [S], one for each seed. timing: is brought up to date.
+    The runs are all seeds under the first λ, then all under the next. teacher: before noise, [S]; start: the parts done
+    and the state after them, or None to begin; signals: those received so far. One ends the program after the part
+    under way.
     """
-    flags = plain_args(args)
-    phase, args = ("teacher", teacher_args(args)) if teacher is None else ("student", args)
-    runs = [(distill_coef, i) for distill_coef in args.distill_coef for i in range(args.num_seeds)]
-    state = stack([init_state(args, networks, args.seed + i) for i in range(args.num_seeds)])
-    if teacher is not None:
-        state = state._replace(obs_stats=teacher.obs_stats)
-    first, state = 0, jax.tree.map(lambda x: np.asarray(x)[[i for _, i in runs]], state)
-    if saved and saved["phase"] == phase:
-        first = saved["updates"] // args.updates_per_part
-        state = serialization.from_state_dict(state, saved["state"])
+    phase, updates = "teacher" if teacher is None else "student", args.updates_per_part
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    runs = [(seed, distill_coef) for distill_coef in args.distill_coef for seed in seeds]
+    of_seeds = np.tile(np.arange(args.num_seeds), len(args.distill_coef))  # which of the seeds each run is of
+    if start is None:
+        state = stack([init_state(args, networks, seed) for seed in seeds])
+        if teacher is not None:
+            state = state._replace(obs_stats=teacher.obs_stats)
+        start = 0, pick(jax.device_get(state), of_seeds)
+    first, learned = start
+    if run.logged["rows"] == 0:
+        run.save(phase, 0, networks, learned, teacher)
+
     filled = fill_devices(len(runs))
-    made = [runs[i] for i in filled]
-    teachers = jax.tree.map(lambda x: np.asarray(x)[[i for _, i in made]], teacher)
-    state = jax.tree.map(lambda x: np.asarray(x)[filled], state)
-    state, teachers = jax.device_put((state, teachers), over_devices(len(made)))
-
-    updates = args.updates_per_part
-    part_steps = updates * args.batch_size
-    began = compiled = time.time()
-    before = timing["seconds"]
-
-    def save(part: int) -> None:
-        """Saves all that --resume needs after this part, and keeps the checkpoint before."""
-        os.fsync(log.file.fileno())  # rows are on the disk before a checkpoint counts on them
-        save_tree(folder / CHECKPOINTS[0], "checkpoint", {
-            "script": SCRIPT, "args": flags, "phase": phase, "updates": part * updates, "num_rows": log.num_rows,
-            "state": serialization.to_state_dict(jax.tree.map(lambda x: np.asarray(x)[: len(runs)], state)),
-            "teacher": serialization.to_state_dict(original), "timing": timing}, keep=folder / CHECKPOINTS[1])
-
-    if log.num_rows == 0:
-        save(0)
-    bar = tqdm(total=args.parts * part_steps * len(runs), initial=first * part_steps * len(runs), unit=" steps",
-               desc=f"{args.env_id} {phase}", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 60.0)
-    with bar, catch_signals() as signals:
+    taught = pick(jax.device_get(imperfect(args, teacher)), of_seeds)
+    state, taught = pick(jax.device_get((learned, taught)), filled)
+    state, taught = jax.device_put((state, taught), over_devices(len(filled)))
+    distill_coefs = np.repeat(args.distill_coef, args.num_seeds)[filled]
+    part_steps = updates * args.batch_size * len(runs)
+    bar = tqdm(total=args.parts * part_steps, initial=first * part_steps, desc=f"{args.env_id} {phase}", unit=" steps",
+               unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 60.0)
+    with bar:
         for part in range(first + 1, args.parts + 1):
+            # Learn
             fractions = np.arange((part - 1) * updates, part * updates) / max(1, args.parts * updates - 1)
-            distill_coefs = np.stack([distill_coef_at(args, distill_coef, fractions) for distill_coef, _ in made])
-            state, metrics = train(args, networks, teachers, state, jnp.asarray(distill_coefs, jnp.float32))
+            coefs = jnp.asarray(distill_coef_at(args, distill_coefs[:, None], fractions), jnp.float32)  # PPD
+            state, metrics = train(args, networks, taught, state, coefs)
             metrics = jax.device_get(wait(metrics))
-            check_finite(metrics, f"updates {(part - 1) * updates + 1} to {part * updates} of the {phase}", folder)
+            check_finite(metrics, f"updates {(part - 1) * updates + 1} to {part * updates} of the {phase}", run.folder)
 
-            now = time.time()
-            if part == first + 1:  # which compiled: the speed is that of the parts after it, or of the run before
-                known = timing.get(f"{phase}_SPS")
-                timing[f"{phase}_SPS"], compiled = known or part_steps * len(runs) / (now - began), now
-            else:
-                timing[f"{phase}_SPS"] = (part - first - 1) * part_steps * len(runs) / (now - compiled)
-            timing["seconds"] = before + now - began
-            for run, (distill_coef, i) in enumerate(runs):
-                about = {"phase": phase, "seed": args.seed + i, "distill_coef": distill_coef,
-                         "global_step": part * part_steps, "seconds": round(timing["seconds"], 3),
-                         "charts/SPS": timing[f"{phase}_SPS"]}
-                log.write(about, {name: float(values[run]) for name, values in metrics.items()})
+            # Log
+            run.log(phase, part * updates * args.batch_size, runs, metrics)
             bar.set_postfix_str(f"return {metrics['charts/episodic_return'].mean():.1f}", refresh=False)
-            bar.update(part_steps * len(runs))
-            save(part)
+            bar.update(part_steps)
+
+            # Save
+            learned = pick(jax.device_get(state), slice(len(runs)))  # without what only fills the devices
+            run.save(phase, part * updates, networks, learned, teacher)
             if signals:
-                stop(folder, signals[0])
-    return jax.tree.map(lambda x: np.asarray(x)[: len(runs)], state)
+                stop(run.folder, signals[0])
+    return learned
 
 
-def teacher_args(args: Args) -> Args:
-    """The flags of the teachers' training: PPO is PPD with λ = 0 and no teacher."""
-    return dataclasses.replace(
-        args, method="ppd", student_size="same", student_hidden=None, distill_coef=(0.0,), distill_coef_final=None,
-        total_timesteps=args.teacher_timesteps, ent_coef=args.teacher_ent_coef, num_envs=args.teacher_num_envs,
-        num_steps=args.teacher_num_steps)
+def finish(args: Args, networks: Networks, teacher: Frozen, students: Frozen | None, run: Run) -> dict[str, float]:
+    """Evaluate teachers [S] and students [R] on the same games, write all files and print the outcome.
 
-
-def finish(
-    args: Args, networks: Networks, teachers: dict[str, Frozen], students: Frozen | None, folder: Path,
-    timing: dict[str, float],
-) -> dict[str, float]:
-    """Evaluates teachers and students on the same games, writes all files, prints the outcome.
-
-    teachers: "teacher" and, where there is noise, "corrupted_teacher", with a leading axis [S], as trained or read;
-    students: with a leading axis [R]. Returns the means over seeds, the ratios and the timing.
+    Returns the means over seeds, the ratios, the seconds and the steps per second.
     """
-    results = {name: assess(args, networks.teacher, player) for name, player in teachers.items()}
+    players = {"teacher": (networks.teacher, teacher)}
+    if args.teacher_noise_std:
+        players["corrupted_teacher"] = (networks.teacher, imperfect(args, teacher))
     for i, distill_coef in enumerate(args.distill_coef if students else ()):
-        chosen = slice(i * args.num_seeds, (i + 1) * args.num_seeds)
         name = "student" if len(args.distill_coef) == 1 else f"student_{distill_coef:g}"
-        players = jax.tree.map(lambda x, chosen=chosen: x[chosen], students)
-        results[name] = assess(args, networks.policy, players)
-        if min(results["teacher"]["means"]) > 0:  # a ratio to what is negative would say nothing
-            ratios = np.divide(results[name]["means"], results["teacher"]["means"])
-            results[name]["ratio"] = float(np.exp(np.log(np.maximum(ratios, 1e-12)).mean()))
-        save_models(args, networks.policy, "student", name, players, results[name], folder)
+        players[name] = (networks.policy, pick(students, slice(i * args.num_seeds, (i + 1) * args.num_seeds)))
+    results = {name: assess(args, *player) for name, player in players.items()}
+
     if args.teacher is None:
-        save_models(args, networks.teacher, "teacher", "teacher", teachers["teacher"], results["teacher"], folder)
-    made, speed = (networks.policy, "student_SPS") if students else (networks.teacher, "teacher_SPS")
-    write_json(folder / "results.json", describe_run(args, made.network) | timing | {"results": results})
-    plot(folder, args, results)
+        save_models(args, run, "teacher", "teacher", *players["teacher"], results["teacher"])
+    for name, found in results.items():
+        if name.startswith("student"):
+            save_models(args, run, "student", name, *players[name], found)
+            if min(results["teacher"]["means"]) > 0:  # of losses a ratio says nothing
+                ratios = np.divide(found["means"], results["teacher"]["means"])
+                found["ratio"] = float(np.exp(np.log(np.maximum(ratios, 1e-12)).mean()))
+    made, phase = (networks.policy, "student") if students else (networks.teacher, "teacher")
+    timing = {"seconds": run.logged["seconds"]} | {
+        f"{name}_SPS": sps for name, sps in run.logged["SPS"].items() if sps}
+    about = run.about | {"network": made.network._asdict()}
+    write_json(run.folder / "results.json", about | timing | {"results": results})
+    plot(run.folder, args, results)
+
     print(f"return: mean and 95% interval over {args.num_seeds} seeds, {args.eval_episodes} episodes each")
     for name, found in results.items():
         interval = "" if found["interval"] is None else f" ± {found['interval']:.1f}"
         ratio = f", {found['ratio']:.3f} of the teacher's" if "ratio" in found else ""
         print(f"{name.replace('_', ' '):<18} {found['mean']:>9.1f}{interval}{ratio}")
-    print(f"{'steps per second':<18} {timing[speed]:>9.0f} ({speed[:7]}s, all seeds together)")
-    print(f"{'files':<18} {folder}")
+    print(f"{'steps per second':<18} {run.logged['SPS'][phase]:>9.0f} ({phase}s, all seeds together)")
+    print(f"{'files':<18} {run.folder}")
     return {name: found["mean"] for name, found in results.items()} | timing | {
         f"{name}_ratio": found["ratio"] for name, found in results.items() if "ratio" in found}
 
 
 def main(args: Args) -> dict[str, float]:
-    """Trains teachers, distils students and evaluates all of them; returns the single numbers of results.json."""
+    """Train teachers, distil students and evaluate all of them; returns the single numbers of results.json."""
     choose_device(args.device)
-    args, saved = restore(args)
+    saved, arrays = resume(args) if args.resume else (None, {})
     args = resolve(args)
-    given = load_teachers(args)
-    teacher_networks, teacher = given or (make_networks(args.env_id, teacher_args(args).network), None)
+    start, students = None, None
     if saved:
-        check_saved(args, saved, teacher_networks, teacher)
-    folder = make_folder(args)
-    log = Log(folder, args, saved["num_rows"] if saved else 0)
-    timing = saved["timing"] if saved else {"seconds": 0.0}
+        teacher_networks, teacher, start = restore(args, saved, arrays)
+    elif args.teacher:
+        teacher_networks, teacher = load_teachers(args)
+    else:
+        teacher_networks, teacher = make_networks(args.env_id, teacher_args(args).network), None
+    networks = make_networks(args.env_id, args.network, teacher_networks)
 
-    with closing(log):
-        if teacher is None and saved and saved["phase"] == "student":
-            teacher = as_frozen(saved["teacher"])
-        elif teacher is None:
-            state = fit(args, teacher_networks, None, None, saved, folder, log, timing)
-            teacher = Frozen(state.params, state.obs_stats)
-        players = {"teacher": teacher}
-        if args.teacher_noise_std:
-            policies = [corrupt(jax.tree.map(lambda x, i=i: x[i], teacher.params["policy"]), args.teacher_noise_std,
-                                args.teacher_noise_seed + i) for i in range(args.num_seeds)]
-            players["corrupted_teacher"] = teacher._replace(params=teacher.params | {"policy": stack(policies)})
-        networks, students = make_networks(args.env_id, args.network, teacher_networks), None
+    run, signals = Run(args, saved), []
+    with closing(run):
+        on_signal(signals.append)
+        if teacher is None:
+            state = fit(teacher_args(args), teacher_networks, None, start, run, signals)
+            teacher, start = Frozen(state.params, state.obs_stats), None
         if args.method != "ppo":
-            taught = players.get("corrupted_teacher", teacher)
-            state = fit(args, networks, taught, teacher, saved, folder, log, timing)
+            state = fit(args, networks, teacher, start, run, signals)
             students = Frozen(state.params, state.obs_stats)
-    with catch_signals(partial(stop, folder)):
-        return finish(args, networks, players, students, folder, timing)
+    on_signal(partial(stop, run.folder))
+    if signals:  # after the last part
+        stop(run.folder, signals[0])
+    return finish(args, networks, teacher, students, run)
 
 
-def program() -> None:
-    """The command line's program: a file that cannot be written ends it in one line, with exit code 1.
-
-    It ends there and then, since what Python would still write at its exit would fail as well.
-    """
-
-    def give_up(error: BaseException) -> NoReturn:
-        with tqdm.external_write_mode(sys.stderr):  # in place of the progress bar
-            print(f"error: {error}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
-            os._exit(1)
-
-    threading.excepthook = lambda failure: give_up(failure.exc_value)  # a thread writes TensorBoard's events
+if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:  # before training
         raise SystemExit(130) from None
-    except OSError as error:
-        give_up(error)
-
-
-if __name__ == "__main__":
-    program()
+    except OSError as error:  # a full disk
+        raise SystemExit(f"error: {error}; go on from the last checkpoint with --resume") from None

@@ -7,30 +7,54 @@ Each iteration collects a rollout with the student, estimates advantages A, and 
     maximises  E[ min(r A, clip(r, 1-ε, 1+ε) A) + α entropy - λ KL(teacher || student) max(r, 1-ε) ]
     minimises  E[ (V(s) - R)² ]                              with r = π(a|s) / π_old(a|s), not detached.
 
-The teacher is a file of train_teacher.py; its frozen observation statistics serve the student as well. What makes PPD
-out of PPO is marked `# PPD`. Source: Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), Algorithm 1
-and appendix A.3.
+The teacher is a file of train_teacher.py; its frozen observation statistics serve the student too. What makes PPD out
+of PPO is marked `# PPD`. Source: Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), Algorithm 1 and
+appendix A.3.
 """
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax==0.10.2; python_version < '3.12'",
+#   "jax==0.11.2; python_version >= '3.12'",
+#   "envpool==1.2.5; python_version < '3.12'",
+#   "envpool==1.2.7; python_version >= '3.12'",
+#   "distrax==0.1.9",
+#   "flax==0.12.8",
+#   "gymnasium==1.3.0",
+#   "numpy==2.4.6",
+#   "optax==0.2.8",
+#   "safetensors==0.8.0",
+#   "tensorboardX==2.6.5",
+#   "tfp-nightly==0.26.0.dev20261027",
+#   "tqdm==4.67.1",
+#   "typeguard==4.6.1",
+#   "tyro==1.0.17",
+# ]
+# ///
 
 import csv
 import dataclasses
 import difflib
-import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
+import re
+import secrets
+import shlex
 import signal
 import sys
-import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import distrax
 import flax
@@ -39,10 +63,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.numpy
 import tyro
-from flax import serialization
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+from tqdm import trange
+from typeguard import CollectionCheckStrategy, check_type
 
 # ======================================================================================================================
 # Arguments
@@ -50,29 +77,26 @@ from tqdm import tqdm
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is learned, and where."""
+class Args:
+    """All flags."""
 
+    # Task
     env_id: str | None = None
-    """task, by envpool's name: Ant-v4, HalfCheetah-v4, Hopper-v4, Humanoid-v4, Swimmer-v4 (the paper's) or another Gym
-    MuJoCo task; by default the teacher's, and Hopper-v4 where no teacher is named either"""
+    """task, by envpool's name: Ant-v4, HalfCheetah-v4, Hopper-v4, Humanoid-v4, Swimmer-v4 (the paper's) or another of
+    Gym's MuJoCo tasks; by default the teacher's, or Hopper-v4"""
     seed: int = 100
-    """seed of networks, actions, minibatches and environments (the paper's: 100, 200, 300, 400, 500); environment i
-    takes seed + i, so seeds of one study should lie further apart than --num-envs and --eval-episodes"""
+    """seed of everything (the paper's: 100, 200, 300, 400, 500); environment i takes seed + i, so seeds of one study
+    should lie further apart than --num-envs and --eval-episodes"""
     total_timesteps: int = 2_000_000
-    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count, as everywhere"""
-    contact_forces: bool | None = None
-    """observe contact forces (Humanoid), the teacher too; by default as it did in its training"""
+    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """where the networks run, also of a resumed run; gpu is an error where there is none"""
+    """where the networks run; gpu is an error where there is none"""
+    num_devices: int | None = None
+    """devices that share an update, a divisor of the minibatch; by default all GPUs, or one core of a CPU"""
 
-
-@dataclass(frozen=True)
-class Distillation:
-    """The teacher, the student, and how strongly one pulls the other."""
-
+    # Teacher and student
     teacher: str | None = None
-    """file of the teacher; by default teachers/{env_id}__100.msgpack beside this script"""
+    """file of the teacher; by default teachers/{env_id}__100.safetensors beside this script"""
     student_size: Literal["smaller", "same", "larger"] = "larger"
     """hidden layers of the student: 128-64, 256-256 (the paper's teachers) or 512-512"""
     student_hidden: tuple[int, ...] | None = None
@@ -88,17 +112,13 @@ class Distillation:
     teacher_noise_seed: int = 0
     """seed of that noise"""
 
-
-@dataclass(frozen=True)
-class PPO:
-    """Proximal policy optimisation."""
-
+    # PPO
     learning_rate: float = 3e-4
     """step size of Adam, constant"""
     num_envs: int = 18
     """environments stepped in parallel (N)"""
-    num_steps: int | None = None
-    """steps of each environment in a rollout (T); the paper's: 64"""
+    num_steps: int = 64
+    """steps of each environment in a rollout (T)"""
     num_minibatches: int | None = None
     """minibatches of an epoch, a divisor of N*T; by default the fewest of at most 512 samples"""
     update_epochs: int = 4
@@ -109,22 +129,18 @@ class PPO:
     """decay of generalised advantage estimation"""
     clip_coef: float = 0.2
     """clipping range of the probability ratio (ε)"""
-    ent_coef: float | None = None
-    """weight of the entropy bonus (α); the paper's: 0"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus (α)"""
     vf_coef: float = 0.5
     """weight of the value loss, a plain mean squared error"""
     max_grad_norm: float = 0.5
     """largest global norm of the gradient, policy and value together"""
 
-
-@dataclass(frozen=True)
-class Output:
-    """What a run leaves behind."""
-
+    # Output
     run_dir: str | None = None
     """folder of the run; by default runs/{env_id}__{script}__{student_size}__{seed}__{unix_time}"""
     resume: str | None = None
-    """folder of an interrupted run to go on with; all other flags but --device are then that run's"""
+    """folder of a run to go on with; its flags are the run's, but a larger --total-timesteps extends it"""
     checkpoint_every: int = 50
     """updates between checkpoints"""
     eval_episodes: int = 50
@@ -136,16 +152,16 @@ class Output:
     wandb_entity: str | None = None
     """team to log to"""
 
-
-@dataclass(frozen=True)
-class Args(Output, PPO, Distillation, Task):
-    """All flags; the command line groups them by the classes above."""
-
     @property
     def hidden(self) -> tuple[int, ...]:
         """Widths of the student's hidden layers (appendix A.3)."""
         sizes = {"smaller": (128, 64), "same": (256, 256), "larger": (512, 512)}
         return sizes[self.student_size] if self.student_hidden is None else self.student_hidden
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return f"{self.env_id}__{SCRIPT}__{self.student_size}__{self.seed}__{int(time.time())}"
 
     @property
     def batch_size(self) -> int:
@@ -158,45 +174,42 @@ class Args(Output, PPO, Distillation, Task):
         return -(-self.total_timesteps // self.batch_size)
 
 
-# The paper's defaults (appendix A.3): of each task, and of those it does not have
-PAPER = {"num_steps": 64, "ent_coef": 0.0, "gamma": 0.999}
-PAPER_TASKS = {"Hopper": PAPER | {"gamma": 0.995}, "Swimmer": PAPER | {"gamma": 0.995}}
-
-# Flags that must lie in a range, both ends included
+# Smallest and largest value of a flag
 RANGES = {
     "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
-    "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "eval_episodes": (1, 10**5), "seed": (0, 10**9 - 1),
-    "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1), "gae_lambda": (0, 1),
-    "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
+    "num_devices": (1, 10**4), "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "seed": (0, 10**9 - 1),
+    "eval_episodes": (1, 10**5), "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1),
+    "gae_lambda": (0, 1), "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
     "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6), "teacher_noise_std": (0, 1e6),
 }
 MAX_LAYERS = 64
+RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
+             "wandb_project_name", "wandb_entity")  # flags that may change when a run goes on
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the program for bad input: one line on stderr, exit code 2."""
+    """End the program for bad input: one line on stderr, exit code 2."""
     print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
     raise SystemExit(2)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line; every class that `Args` inherits from is a group of flags."""
-    groups = [(base.__name__, base, dataclasses.field(default_factory=base)) for base in reversed(Args.__bases__)]
-    form = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Groups", groups, frozen=True)]
-    parsed = tyro.cli(form, args=argv, description=__doc__)
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    """Read the command line; with --resume, flags that are not given are the run's own."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.resume is None:
+        return args
+    run = dataclasses.replace(load_checkpoint(args.resume)[0], resume=args.resume)
+    return tyro.cli(Args, args=argv, description=__doc__, default=run)
 
 
 def resolve(args: Args) -> Args:
-    """Fills in the task's defaults; ends the program for flags that cannot work, before anything is written."""
-    paper = PAPER_TASKS.get(args.env_id.split("-")[0], PAPER)
-    args = dataclasses.replace(args, **{name: value for name, value in paper.items() if getattr(args, name) is None})
+    """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
+    if args.gamma is None:
+        args = dataclasses.replace(args, gamma=0.995 if args.env_id.startswith(("Hopper", "Swimmer")) else 0.999)
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    if args.contact_forces is not None and not args.env_id.startswith("Humanoid"):
-        fail(f"--contact-forces is for Humanoid, not for {args.env_id}")
     if not 1 <= len(args.hidden) <= MAX_LAYERS or not all(1 <= width <= 65_536 for width in args.hidden):
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers of 1 to 65536 units, not {args.hidden}")
     if args.num_minibatches is None:
@@ -205,6 +218,12 @@ def resolve(args: Args) -> Args:
     if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
              f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
+    samples, found = args.batch_size // args.num_minibatches, len(jax.devices())
+    if args.num_devices is None:
+        most = 1 if jax.default_backend() == "cpu" else found
+        args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if samples % n == 0))
+    if args.num_devices > found or samples % args.num_devices:
+        fail(f"--num-devices {args.num_devices} must divide {samples} samples, a minibatch; JAX finds {found} devices")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -218,11 +237,11 @@ def resolve(args: Args) -> Args:
 # Environments
 # ======================================================================================================================
 
-EVAL_SEED = 10**9  # what evaluation adds to the seed of its environments, so that it plays other games than training
+EVAL_SEED = 10**9  # added to the seed of the environments in evaluation
 
 
 def import_envpool() -> Any:
-    """Imports envpool only when it is needed: that is slow, and fails where a system library is missing."""
+    """Import envpool only when it is needed: that is slow, and fails where a system library is missing."""
     try:
         import envpool
     except ImportError as error:
@@ -231,7 +250,7 @@ def import_envpool() -> Any:
 
 
 def check_task(env_id: str) -> None:
-    """Ends the program for a task that is no Gym MuJoCo task of envpool, naming those like it."""
+    """End the program for a task that is no Gym MuJoCo task of envpool, naming those like it."""
     specs = import_envpool().registration.registry.specs  # of each task by name: the module it lies in, and more
     known = [name for name, (module, *_) in specs.items() if module == "envpool.mujoco.gym"]
     if env_id not in known:
@@ -240,32 +259,27 @@ def check_task(env_id: str) -> None:
 
 
 def task_shape(env_id: str) -> tuple[list[int], int]:
-    """Shape of an observation, and the number of actions, or of their dimensions; makes no environment."""
-    try:
-        spec = import_envpool().make_spec(env_id)
-    except ImportError:
-        fail(f"{env_id} needs Qt, which envpool's Procgen draws with; on Debian: apt-get install libqt5gui5")
-    space = spec.gymnasium_action_space
-    return list(spec.gymnasium_observation_space.shape), int(space.shape[0] if space.shape else space.n)
+    """Return the shape of an observation and the number of action dimensions, without making an environment."""
+    spec = import_envpool().make_spec(env_id)
+    return list(spec.gymnasium_observation_space.shape), int(spec.gymnasium_action_space.shape[0])
 
 
-def make_envs(env_id: str, num_envs: int, seed: int, contact_forces: bool | None = None) -> Any:
-    """Vectorised environments; the seed is given here because envpool ignores reset(seed=).
+def make_envs(env_id: str, num_envs: int, seed: int, variant: dict) -> Any:
+    """Make vectorised environments; the seed is given here because envpool ignores reset(seed=).
 
-    Humanoid: without contact forces the 84 numbers that give them in an observation are 0, as they are in envpool's
-    Humanoid-v4 unless it is told otherwise.
+    variant: of the teacher; "contact_forces" says if Humanoid observes them. Without, 84 of its observations are 0.
     """
-    options = {"post_constraint": bool(contact_forces)} if env_id.startswith("Humanoid") else {}
+    options = {"post_constraint": variant["contact_forces"]} if env_id.startswith("Humanoid") else {}
     return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **options)
 
 
 def reset(envs: Any) -> np.ndarray:
-    """The first observations [N, D] of all environments, float32."""
+    """Reset all environments; returns their first observations [N, D], float32."""
     return envs.reset()[0].astype(np.float32)
 
 
 def step(envs: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Observations [N, D], and rewards, terminations, truncations and ends of whole games, [N] each.
+    """Step all environments; returns observations [N, D], rewards, terminations, truncations and ends of games, [N].
 
     actions: [N, A], of any size; what lies beyond the bounds is clipped here and nowhere else.
     """
@@ -296,16 +310,16 @@ class Rollout(NamedTuple):
 
 
 def start(envs: Any) -> Cursor:
-    """Resets all environments."""
+    """Reset all environments; returns where they stand."""
     observations = reset(envs)
     return Cursor(observations, np.zeros(len(observations), bool), np.zeros(len(observations)), deque(maxlen=100))
 
 
 def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) -> Rollout:
-    """Steps the N environments `num_steps` times with the actions that policy_step(observations, t) gives.
+    """Step the N environments `num_steps` times with the actions that policy_step(observations, t) gives.
 
     envpool resets on the step after an episode's end: that step ignores its action and gives the reset observation with
-    reward 0. It is no transition of the task; such phantoms are marked, and have weight 0 wherever they could count.
+    reward 0. It is no transition of the task. Such phantoms are marked, and weigh 0 wherever they could count.
     """
     observations = np.empty((num_steps + 1, *cursor.observations.shape), cursor.observations.dtype)
     rewards = np.empty((num_steps, len(cursor.dones)), np.float32)
@@ -318,9 +332,8 @@ def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) ->
         observations[t + 1], rewards[t], terminations[t], truncations[t], ends = step(envs, actions[t])
         np.logical_or(terminations[t], truncations[t], out=cursor.dones)
         cursor.returns[:] += rewards[t]
-        if ends.any():
-            cursor.finished.extend(cursor.returns[ends])
-            cursor.returns[ends] = 0.0
+        cursor.finished.extend(cursor.returns[ends])
+        cursor.returns[ends] = 0.0
     cursor.observations[:] = observations[-1]
     return Rollout(observations, np.stack(actions), rewards, terminations, truncations, phantoms)
 
@@ -338,7 +351,7 @@ class Policy(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x: [..., D], normalised. Returns mean and log standard deviation, both [..., A]."""
+        """Return mean and log standard deviation, both [..., A], for normalised states x [..., D]."""
         for width in self.hidden:
             x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
         mean = nn.Dense(self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))(x)
@@ -353,14 +366,14 @@ class Value(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [..., D], normalised. Returns values [...]."""
+        """Return values [...] for normalised states x [..., D]."""
         for width in self.hidden:
             x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
         return nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x).squeeze(-1)
 
 
 def distribution(outputs: tuple[jax.Array, jax.Array]) -> distrax.Distribution:
-    """The action distribution that a policy's outputs (mean, log standard deviation; [..., A]) stand for."""
+    """Return the action distribution for a policy's outputs (mean, log standard deviation; [..., A])."""
     mean, log_std = outputs
     return distrax.MultivariateNormalDiag(mean, jnp.exp(log_std))
 
@@ -371,7 +384,7 @@ def distribution(outputs: tuple[jax.Array, jax.Array]) -> distrax.Distribution:
 
 
 class Stats(NamedTuple):
-    """Running mean and variance, and the number of samples they rest on."""
+    """Running mean and variance, and the number of samples they are computed from."""
 
     mean: jax.Array
     var: jax.Array
@@ -379,7 +392,7 @@ class Stats(NamedTuple):
 
 
 def update_stats(stats: Stats, samples: jax.Array, weights: jax.Array) -> Stats:
-    """Adds samples [B, ...] whose weight [B] is 1, not those of weight 0 (Chan et al. 1979, pairwise update)."""
+    """Add the samples [B, ...] whose weight [B] is 1, not those of weight 0 (Chan et al. 1979, pairwise update)."""
     n = weights.sum()
     mean = jnp.tensordot(weights, samples, 1) / jnp.maximum(n, 1)
     var = jnp.tensordot(weights, (samples - mean) ** 2, 1) / jnp.maximum(n, 1)
@@ -390,16 +403,17 @@ def update_stats(stats: Stats, samples: jax.Array, weights: jax.Array) -> Stats:
 
 
 def normalize(observations: jax.Array, stats: Stats) -> jax.Array:
-    """Observations [..., D] less their running mean, over their running standard deviation, clipped to ±10."""
+    """Subtract the running mean from states [..., D], divide by the running standard deviation, clip to ±10."""
     return jnp.clip((observations - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
 def discount_forward(
     rewards: jax.Array, dones: jax.Array, carried: jax.Array, gamma: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Discounted sum of the rewards so far, g_t = γ g_{t-1} + r_t, from 0 in each episode: what scales the rewards.
+    """Compute the discounted sum of the rewards so far, g_t = γ g_{t-1} + r_t; its deviation scales the rewards.
 
-    rewards, dones: [T, N]; carried: [N], from the rollout before. Returns what to carry on, [N], and all g, [T, N].
+    rewards, dones: [T, N]; carried: [N], from the rollout before. Each episode starts at 0. Returns what to carry to
+    the next rollout, [N], and all g, [T, N].
     """
 
     def step(g, x):
@@ -414,11 +428,11 @@ def compute_gae(
     rewards: jax.Array, values: jax.Array, terminations: jax.Array, truncations: jax.Array, gamma: float,
     gae_lambda: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation (Schulman et al. 2016): advantages and returns, both [T, N].
+    """Compute advantages and returns, both [T, N], by generalised advantage estimation (Schulman et al. 2016).
 
     rewards, terminations, truncations: [T, N]; values: [T+1, N], of all stored observations. A terminated step does
-    not bootstrap. A truncated one does, from the true final observation, which is the one stored at t+1. Both cut the
-    trace, so nothing of a phantom step reaches another.
+    not bootstrap. A truncated step bootstraps from the true final observation, which is stored at t+1. Both cut the
+    trace, so nothing of a phantom step reaches another step.
     """
     dones = jnp.maximum(terminations, truncations)
     deltas = rewards + gamma * values[1:] * (1.0 - terminations) - values[:-1]
@@ -433,12 +447,12 @@ def compute_gae(
 
 
 def weighted_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean of x [B] over the samples whose weight [B] is 1."""
+    """Average x [B] over the samples whose weight [B] is 1."""
     return (x * weights).sum() / jnp.maximum(weights.sum(), 1.0)
 
 
 def standardize(advantages: jax.Array, weights: jax.Array) -> jax.Array:
-    """Advantages [B] with mean 0 and variance 1 over the samples whose weight [B] is 1."""
+    """Bring advantages [B] to mean 0 and variance 1 over the samples whose weight [B] is 1."""
     centred = advantages - weighted_mean(advantages, weights)
     return centred / (jnp.sqrt(weighted_mean(centred**2, weights)) + 1e-8)
 
@@ -458,9 +472,9 @@ class Batch(NamedTuple):
 def ppd_terms(
     outputs: Any, value: jax.Array, sample: Batch, clip_coef: float, kl_direction: str
 ) -> dict[str, jax.Array]:
-    """The terms of one sample's loss (Algorithm 1), as scalars.
+    """Compute the terms of one sample's loss, as scalars (Algorithm 1).
 
-    outputs: the student policy's, [A] each; value: the student's, []; sample: its advantage is standardised already.
+    outputs: of the student's policy, [A] each; value: of the student, []; sample: its advantage is standardised.
     """
     pi, teacher = distribution(outputs), distribution(sample.teacher)
     log_ratio = pi.log_prob(sample.actions) - sample.log_probs
@@ -482,9 +496,9 @@ def ppd_loss(
     outputs: Any, values: jax.Array, batch: Batch, distill_coef: float, clip_coef: float, ent_coef: float,
     vf_coef: float, kl_direction: str,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a minibatch and its terms, averaged over the samples whose weight is 1.
+    """Compute the loss of a minibatch and its terms, averaged over the samples whose weight is 1.
 
-    outputs: the student policy's, [B, A] each; values: the student's, [B]; distill_coef: λ at this step.
+    outputs: of the student's policy, [B, A] each; values: of the student, [B]; distill_coef: λ at this step.
     """
     terms = jax.vmap(partial(ppd_terms, clip_coef=clip_coef, kl_direction=kl_direction))(outputs, values, batch)
     terms = {name: weighted_mean(term, batch.weights) for name, term in terms.items()}
@@ -498,6 +512,9 @@ def ppd_loss(
 # ======================================================================================================================
 
 
+P = jax.sharding.PartitionSpec  # how arrays lie on several devices: P() is whole on each
+
+
 class Networks(NamedTuple):
     """The flax modules; they hold no parameters."""
 
@@ -507,10 +524,19 @@ class Networks(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """A policy that does not learn: its parameters, and the observation statistics it stands on."""
+    """A policy that does not learn: its parameters and its observation statistics."""
 
     params: dict
     obs_stats: Stats
+
+
+class Teacher(NamedTuple):
+    """A teacher's file, what it says and its arrays, and the policy made of it."""
+
+    about: dict
+    arrays: dict[str, np.ndarray]
+    policy: Policy
+    frozen: Frozen
 
 
 class TrainState(NamedTuple):
@@ -524,12 +550,12 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam, after clipping the global norm of the gradient."""
+    """Return Adam after clipping of the gradient's global norm."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate, eps=1e-5))
 
 
 def init_state(args: Args, networks: Networks, observation_dim: int) -> TrainState:
-    """A fresh student, from the seed alone."""
+    """Initialise a student from the seed alone."""
     key = jax.random.fold_in(jax.random.PRNGKey(args.seed), 1)  # not the weights that a teacher of this seed began with
     key, policy_key, value_key = jax.random.split(key, 3)
     x = jnp.zeros((1, observation_dim))
@@ -540,22 +566,28 @@ def init_state(args: Args, networks: Networks, observation_dim: int) -> TrainSta
 
 @partial(jax.jit, static_argnames=("num_steps", "shape"))
 def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """The key to go on with, and standard normal noise [T, N, A] of a rollout.
+    """Draw standard normal noise [T, N, A] for a rollout; returns the key to go on with, and the noise.
 
-    It is drawn in one call, because drawn step by step it costs as much as the network.
+    One call draws all of it, because drawn step by step it costs as much as the network.
     """
     key, rollout_key = jax.random.split(key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(rollout_key, jnp.arange(num_steps))
     return key, jax.vmap(jax.random.normal, (0, None))(keys, shape)
 
 
+def over_devices(num_devices: int) -> Callable:
+    """Return shard_map over the devices that share the work: GPUs, or cores of a CPU."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), "devices")
+    return partial(jax.shard_map, mesh=mesh, check_vma=False)
+
+
 @partial(jax.jit, static_argnames="policy", compiler_options={"xla_cpu_multi_thread_eigen": False})
 def act(
     policy: Policy, params: dict, obs_stats: Stats, noise: jax.Array, observations: jax.Array, t: int
 ) -> jax.Array:
-    """Samples actions [N, A] for raw observations [N, D] with the noise [T, N, A] of step t.
+    """Sample actions [N, A] for raw observations [N, D] with the noise [T, N, A] of step t.
 
-    On a CPU in one thread: so few rows are not worth several, which then spin where the simulator could run.
+    On a CPU this takes one thread: so few rows gain nothing from more, which would wait where the simulator could run.
     """
     mean, log_std = policy.apply(params, normalize(observations, obs_stats))
     return mean + jnp.exp(log_std) * noise[t]
@@ -563,7 +595,7 @@ def act(
 
 @partial(jax.jit, static_argnames="policy")
 def act_deterministic(policy: Policy, params: dict, obs_stats: Stats, observations: jax.Array) -> jax.Array:
-    """The most likely actions [N, A] for raw observations [N, D]."""
+    """Return the most likely actions [N, A] for raw observations [N, D]."""
     return distribution(policy.apply(params, normalize(observations, obs_stats))).mode()
 
 
@@ -571,7 +603,7 @@ def act_deterministic(policy: Policy, params: dict, obs_stats: Stats, observatio
 def update(
     args: Args, networks: Networks, teacher: Frozen, state: TrainState, rollout: Rollout, distill_coef: float
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Learns from one rollout; returns the new state and the means of all minibatches' metrics."""
+    """Learn from one rollout; returns the new state and the metrics, averaged over all minibatches."""
     rewards, terminations, truncations, phantoms = (jnp.asarray(x, jnp.float32) for x in rollout[2:])
     dones, weights = jnp.maximum(terminations, truncations), 1.0 - phantoms
 
@@ -590,17 +622,23 @@ def update(
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
     optimizer = make_optimizer(args)
 
-    def loss_fn(params, minibatch):
-        outputs = networks.policy.apply(params["policy"], minibatch.observations)
-        values = networks.value.apply(params["value"], minibatch.observations)
-        return ppd_loss(outputs, values, minibatch, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
+    def loss_fn(params, samples):
+        outputs = networks.policy.apply(params["policy"], samples.observations)
+        values = networks.value.apply(params["value"], samples.observations)
+        return ppd_loss(outputs, values, samples, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
                         args.kl_direction)
+
+    def add_up(params, part, total):  # on each device
+        share, found = part.weights.sum() / total, jax.grad(loss_fn, has_aux=True)(params, part)
+        return jax.lax.psum(jax.tree.map(lambda x: share * x, found), "devices")
+
+    mean_gradient = over_devices(args.num_devices)(add_up, in_specs=(P(), P("devices"), P()), out_specs=P())
 
     def train_minibatch(carry, indices):
         params, opt_state = carry
         minibatch = jax.tree.map(lambda x: x[indices], batch)
         minibatch = minibatch._replace(advantages=standardize(minibatch.advantages, minibatch.weights))
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch)
+        grads, metrics = mean_gradient(params, minibatch, jnp.maximum(minibatch.weights.sum(), 1.0))
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
@@ -620,234 +658,196 @@ def update(
 # ======================================================================================================================
 
 SCRIPT = Path(__file__).stem
-FORMAT, VERSION = "proximal-policy-distillation", 2
-CHECKPOINTS = ("checkpoint.msgpack", "checkpoint_previous.msgpack")
+FORMAT = "proximal-policy-distillation 3"
 
 
-def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Writes a file whole or not at all: a killed run leaves no half of it under this name.
-
-    keep: the name under which the file that it replaces stays.
-    """
-    temporary = path.with_name(f".{path.name}.new")  # always the same, so what a killed run left of it goes, too
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, also when the process is killed or the power fails."""
+    temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
         os.replace(temporary, path)
-    except BaseException:  # a full disk, or a signal
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name must reach the disk as well
+    os.close(folder)
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a small file for people and programs."""
+    """Write a small file for people and programs."""
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def save_tree(path: Path, kind: str, tree: dict, keep: Path | None = None) -> None:
-    """Writes plain dicts, lists, strings, numbers and arrays as msgpack, in an envelope with their checksum."""
-    payload = serialization.msgpack_serialize(jax.device_get(tree))
-    envelope = {"format": FORMAT, "version": VERSION, "kind": kind, "sha256": hashlib.sha256(payload).hexdigest()}
-    write_atomic(path, serialization.msgpack_serialize(envelope | {"payload": payload}), keep)
+def save_file(path: Path, about: dict, tree: Any) -> None:
+    """Write a model or a checkpoint: arrays by their path in the tree, and `about` as JSON in the header."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    arrays = {jax.tree_util.keystr(where, simple=True, separator="/"): np.asarray(x) for where, x in leaves}
+    header = {"about": json.dumps({"format": FORMAT} | about)}
+    header["crc32"] = str(zlib.crc32(safetensors.numpy.save(arrays, header)))
+    write_atomic(path, safetensors.numpy.save(arrays, header))
 
 
-def read_tree(path: str | Path, kind: str) -> dict:
-    """Reads a file of save_tree; ValueError if it is missing, cut short, damaged or something else."""
-    wrong = f"{path} is no {kind} file of this project, or is cut short"
+def read_file(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read `about` and the arrays of a file; ValueError if it is missing, cut short, damaged or something else."""
     try:
-        envelope = serialization.msgpack_restore(Path(path).read_bytes())
-        names = ("format", "version", "kind", "sha256", "payload")
-        form, version, found, digest, payload = (envelope[name] for name in names)
-        if form == FORMAT and (version, found) != (VERSION, kind):
-            wrong = f"{path} is a {found!r:.20} file, version {version!r:.20}; needed is {kind!r}, version {VERSION}"
-        elif form == FORMAT and digest != hashlib.sha256(payload).hexdigest():
-            wrong = f"{path} is damaged: its checksum does not match"
-        elif form == FORMAT and isinstance(tree := serialization.msgpack_restore(payload), dict):
-            return tree
-    except OSError as error:
-        wrong = f"cannot read {path}: {error.strerror}"
-    except Exception:  # msgpack raises many kinds for bytes that are not its own
-        pass
-    raise ValueError(wrong)
-
-
-def load_tree(path: str | Path, kind: str) -> dict:
-    """Reads a file of save_tree; ends the program if it is missing, cut short, damaged or something else."""
-    try:
-        return read_tree(path, kind)
-    except ValueError as error:
-        fail(str(error))
-
-
-def check_arrays(what: str, found: Any, expected: Any) -> None:
-    """Raises ValueError unless what a file holds is finite, and of these shapes and types."""
-    describe = partial(jax.tree.map, lambda x: (tuple(x.shape), np.dtype(x.dtype)))
-    if describe(found) != describe(expected):
-        raise ValueError(f"its {what} are not those of the network it describes")
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
-        raise ValueError(f"its {what} are not all finite")
-
-
-def check_model(model: dict, policy: nn.Module, x: jax.ShapeDtypeStruct) -> None:
-    """Raises an exception for a model file that does not hold what it says; x: the policy's input."""
-    about = {"env_id": str, "role": str, "command": str, "evaluation": dict, "args": dict}
-    if wrong := [name for name, kind in about.items() if not isinstance(model[name], kind)]:
-        raise TypeError(f"its {wrong[0]} is of another type")
-    if len(model["network"]["hidden"]) > MAX_LAYERS:
-        raise ValueError(f"it describes {len(model['network']['hidden'])} hidden layers")
-    check_arrays("parameters", model["params"]["policy"], jax.eval_shape(policy.init, jax.random.PRNGKey(0), x))
-    if (stats := model["obs_stats"]) is not None:
-        each, count = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x.shape, ()))
-        check_arrays("observation statistics", stats, {"mean": each, "var": each, "count": count})
-        if stats["var"].min() < 0:
-            raise ValueError("its observations have a negative variance")
-
-
-def load_policy(path: str | Path) -> tuple[dict, Policy, Frozen]:
-    """Reads a model file: all it holds, its policy network, and that network's parameters and statistics."""
-    model = load_tree(path, "model")
-    try:
-        if model["network"]["kind"] != "mlp":
-            raise ValueError(f"its network is of the kind {model['network']['kind']}")
-        policy = Policy(tuple(map(int, model["network"]["hidden"])), int(model["action_dim"]))
-        check_model(model, policy, jax.ShapeDtypeStruct(tuple(model["observation_shape"]), jnp.float32))
-        frozen = Frozen(model["params"]["policy"], Stats(**model["obs_stats"]))
+        with safetensors.safe_open(path, "numpy") as file:
+            header = {"about": "{}", "crc32": ""} | (file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        about, crc32 = json.loads(header["about"]), header.pop("crc32")
+        if about.get("format") != FORMAT:
+            raise ValueError(f"its format is {about.get('format')!r:.50}, not {FORMAT!r}")
+        if str(zlib.crc32(safetensors.numpy.save(arrays, header))) != crc32:
+            raise ValueError("it is damaged: its checksum does not match")
     except Exception as error:  # of many kinds, for content of any kind
-        fail(f"{path} is no model of a MuJoCo task: {type(error).__name__} {error}")
-    return model, policy, jax.tree.map(jnp.asarray, frozen)
+        hint = "; .msgpack files are of an older version" if str(path).endswith(".msgpack") else ""
+        raise ValueError(f"cannot read {path}: {error}{hint}") from None
+    return about, arrays
 
 
-def plain_args(args: Args) -> dict:
-    """The flags as plain values, but not where the run's files lie: that says nothing on another machine."""
-    return json.loads(json.dumps(dataclasses.asdict(args) | {"run_dir": None, "resume": None}))
+def fill(template: Any, arrays: dict[str, np.ndarray], prefix: str) -> Any:
+    """Return the template's tree with a file's arrays; ValueError unless they are finite, of its shapes and types."""
+
+    def leaf(where, x):
+        name = f"{prefix}/{jax.tree_util.keystr(where, simple=True, separator='/')}"
+        found = arrays.get(name)
+        if found is None or (found.shape, found.dtype) != (x.shape, x.dtype) or not np.isfinite(found).all():
+            raise ValueError(f"its {name} is not finite and of the shape {x.shape}")
+        return jnp.array(found)
+
+    return jax.tree_util.tree_map_with_path(leaf, template)
 
 
-def command_line(args: Args) -> str:
-    """The command that repeats this run: task, seed, and every flag of learning that is not its default."""
-    elsewhere = ("env_id", "seed", "device", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity")
-    words = ["python", f"{SCRIPT}.py", "--env-id", args.env_id, "--seed", str(args.seed)]
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if field.name not in elsewhere and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-    return " ".join(words)
+@contextmanager
+def checked(what: str) -> Iterator[None]:
+    """End the program in one line where the content of a file is not what it says."""
+    try:
+        yield
+    except Exception as error:  # of many kinds, for content of any kind
+        fail(f"{what}: {type(error).__name__} {error}")
 
 
-def versions() -> dict[str, str]:
-    """What the run stands on."""
-    return {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
-            "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}
+class Run:
+    """The folder of a run: args.json, progress.csv, TensorBoard's events and checkpoints; --track adds W&B."""
 
+    def __init__(self, args: Args, saved: dict | None):
+        """Begin, or go on from a checkpoint: what was logged after it is dropped, since it will be made again."""
+        self.folder = Path(args.resume or args.run_dir or f"runs/{args.name}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
+        except FileExistsError:  # another run began in this second
+            self.folder = Path(f"{self.folder}_{os.getpid()}")
+            self.folder.mkdir()
+        except OSError as error:
+            fail(f"cannot create {self.folder}: {error.strerror}")
+        command = saved["command"] if saved else shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        self.about = {
+            "env_id": args.env_id, "script": SCRIPT, "command": command,
+            "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
+            "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+                         "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}}
+        write_json(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
-def fingerprint(arrays: Any) -> str:
-    """A checksum by which a teacher is known again."""
-    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(arrays))).hexdigest()
-
-
-def save_checkpoint(
-    folder: Path, args: Args, updates: int, state: TrainState, cursor: Cursor, timing: dict[str, float], log: "Log",
-    teacher: str | None,
-) -> None:
-    """Saves all that --resume needs after this many updates, and keeps the checkpoint before.
-
-    The simulator's own state cannot be saved. teacher: its fingerprint, where there is one.
-    """
-    os.fsync(log.file.fileno())  # rows are on the disk before a checkpoint counts on them
-    save_tree(folder / CHECKPOINTS[0], "checkpoint", {
-        "script": SCRIPT, "args": plain_args(args), "updates": updates, "state": serialization.to_state_dict(state),
-        "finished": list(cursor.finished), "timing": timing, "teacher": teacher}, keep=folder / CHECKPOINTS[1])
-
-
-def check_finite(metrics: dict[str, float], number: int, folder: Path) -> None:
-    """Ends the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
-    bad = [f"{name} = {value}" for name, value in metrics.items() if not np.isfinite(value)]
-    if bad:
-        raise SystemExit(f"error: update {number} gave {bad[0]}; the last good state is {folder / CHECKPOINTS[0]}")
-
-
-def stop(folder: Path, number: int) -> NoReturn:
-    """Ends the program for the signal of this number."""
-    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-    raise SystemExit(128 + number)
-
-
-def progress_bar(args: Args, first: int) -> tqdm:
-    """Counts environment steps; where no terminal shows it, once a minute."""
-    total, done = args.num_updates * args.batch_size, first * args.batch_size
-    interval = 0.5 if sys.stderr.isatty() else 60.0
-    return tqdm(total=total, initial=done, desc=args.env_id, unit=" steps", unit_scale=True, mininterval=interval)
-
-
-class Log:
-    """progress.csv and TensorBoard events in the run's folder; Weights & Biases, where asked for, gets them as well."""
-
-    def __init__(self, folder: Path, args: Args, first_step: int):
-        """first_step: where the run goes on; rows after it, of updates that are made again, are dropped."""
-        path = folder / "progress.csv"
-        if path.exists():
-            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # whole ones
-            steps = [line.split(b",")[0] for line in lines]
-            kept = [line for line, n in zip(lines, steps, strict=True) if not n.isdigit() or int(n) <= first_step]
-            write_atomic(path, b"".join(kept))
+        begin = {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0, "wandb_id": secrets.token_hex(4)}
+        self.logged = saved["logged"] if saved else begin
+        self.batch_size, self.began, self.compiled = args.batch_size, time.time() - self.logged["seconds"], None
+        self.file = open(self.folder / "progress.csv", "a+", newline="")
+        self.file.seek(0)
+        self.sent = max(map(int, re.findall(r"^(\d+),.*\n", self.file.read(), re.MULTILINE)), default=0)
+        self.file.truncate(min(self.file.tell(), self.logged["bytes"]))
+        self.events = EventsWriter(str(self.folder / "events"), f".{os.getpid()}")
+        self.events.write_event(Event(step=self.logged["step"] + 1, session_log=SessionLog(status=SessionLog.START)))
         self.tracker = None
         if args.track:
-            import wandb
+            with checked("--track"):
+                import wandb
 
-            try:
-                self.tracker = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=folder.name,
-                                          resume="allow", config=plain_args(args))
-            except wandb.Error as error:
-                fail(f"--track: {error}")
+                self.tracker = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
+                    config=vars(args), id=self.logged["wandb_id"], resume="allow")
             self.tracker.define_metric("*", step_metric="global_step")
-        self.file = open(path, "a", newline="", buffering=1)
-        self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if args.resume else None)
 
-    def write(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
-        """Logs the metrics of the update that ended at this environment step."""
-        row = {"global_step": step, "seconds": round(seconds, 3)} | metrics
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the update that ended at this environment step; the speed leaves out the first, which compiles."""
+        seconds = time.time() - self.began
+        self.compiled = self.compiled or (step, seconds)
+        steps, elapsed = step - self.compiled[0], seconds - self.compiled[1]
+        sps = steps / elapsed if steps else self.logged["SPS"] or step / seconds
+        row = {"global_step": step, "seconds": round(seconds, 3), "charts/SPS": sps} | metrics
         table = csv.DictWriter(self.file, list(row))
-        if self.file.tell() == 0:
+        if self.file.seek(0, os.SEEK_END) == 0:
             table.writeheader()
         table.writerow(row)
-        known = {name: value for name, value in metrics.items() if np.isfinite(value)}  # no return before an end
-        for name, value in known.items():
-            self.tensorboard.add_scalar(name, value, step)
-        if self.tracker is not None:
-            self.tracker.log(known | {"global_step": step})
+        self.file.flush()
+        finite = {name: float(x) for name, x in row.items() if np.isfinite(x)}  # no return before an episode's end
+        for name, value in finite.items():
+            self.events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self.events.flush()
+        if self.tracker is not None and step > self.sent:  # rows that were sent before a crash are not sent twice
+            self.tracker.log(finite)
+        self.logged |= {"bytes": self.file.tell(), "step": step, "SPS": sps, "seconds": seconds}
+
+    def save(self, updates: int, state: TrainState, finished: deque, teacher: Teacher) -> None:
+        """Save all that --resume needs, but for the simulator's own state, which cannot be saved; two files stay."""
+        os.fsync(self.file.fileno())  # rows are on the disk before a checkpoint counts on them
+        about = {"updates": updates, "finished": list(finished), "logged": self.logged, "teacher": teacher.about}
+        path = self.folder / f"checkpoint_{updates * self.batch_size:012d}.safetensors"
+        save_file(path, self.about | about, {"state": state, "teacher": teacher.arrays})
+        for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
+            old.unlink()
 
     def close(self) -> None:
-        """Writes out what is left."""
+        """Close all files."""
         self.file.close()
-        self.tensorboard.close()
+        self.events.close()
         if self.tracker is not None:
             self.tracker.finish()
 
 
-@contextmanager
-def catch_signals(act: Callable[[int], None] | None = None) -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM, so that the update under way can end; a second ends the program at once.
+def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str]:
+    """Read a run's newest whole checkpoint: flags, all else, arrays, which it is; end the program if there is none."""
+    check, problems = partial(check_type, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS), ""
+    for path in sorted(Path(folder).glob("checkpoint_*.safetensors"), reverse=True):
+        try:
+            about, arrays = read_file(path)
+        except ValueError as error:
+            problems += f"{error}; "
+            continue
+        if about.get("script") != SCRIPT:
+            fail(f"{folder} is a run of {about.get('script')}.py; go on with that script")
+        with checked(f"{folder} was made by another version of {SCRIPT}.py"):
+            flags = {name: tuple(x) if isinstance(x, list) else x for name, x in about["args"].items()}
+            for field in dataclasses.fields(Args):
+                check(flags[field.name], field.type)
+            logged, finished = about["logged"], about["finished"]
+            counts = check([about["updates"], logged["bytes"], logged["step"]], list[int])
+            figures = check([logged["SPS"], logged["seconds"], *finished], list[float])
+            if not all(0 <= n < 10**15 for n in counts) or not np.isfinite(np.array(figures, float)).all():
+                raise ValueError(f"{counts} and {figures[:2]} are no counts and times of a run")
+            check([logged["wandb_id"], about["command"]], list[str])
+            return Args(**flags), about, arrays, f"{problems}going on from {path}"
+    fail(f"{problems}{folder} holds no checkpoint to go on from")
 
-    act: called with the number of the first one, where there is nothing to wait for.
-    """
-    caught: list[int] = []
 
-    def catch(number: int, frame: Any) -> None:
-        caught.append(number)
-        for each in previous:
+def on_signal(act: Callable[[int], None]) -> None:
+    """Call act(number) at the first SIGINT or SIGTERM; a second one ends the program at once."""
+
+    def handle(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        if act is not None:
-            act(number)
+        act(number)
 
-    previous = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def stop(folder: Path, number: int) -> NoReturn:
+    """End the program for the signal of this number."""
+    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 # ======================================================================================================================
@@ -855,27 +855,30 @@ def catch_signals(act: Callable[[int], None] | None = None) -> Iterator[list[int
 # ======================================================================================================================
 
 
-def evaluate(envs: Any, policy_step: Callable) -> np.ndarray:
-    """Returns [N] of one episode in each of N environments: sums of raw rewards, undiscounted.
+def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
+    """Play one episode in each of N environments; returns their sums of raw rewards, undiscounted, mean and deviation.
 
     Each environment's first episode counts, so that short ones do not crowd out long; policy_step is as in `collect`.
+    games: how many different episodes there were, since few things vary in some tasks; a standard error rests on those.
     """
     observations, t = reset(envs), 0
     returns, running = np.zeros(len(observations)), np.ones(len(observations), bool)
+    histories = [0] * len(observations)
     while running.any():
+        histories = [zlib.crc32(x, h) if on else h for x, h, on in zip(observations, histories, running, strict=True)]
         observations, rewards, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
         returns += np.where(running, rewards, 0.0)
         running &= ~ends
         t += 1
     envs.close()
-    return returns
+    return {"mean": float(returns.mean()), "std": float(returns.std()), "games": len(set(histories)),
+            "returns": returns.tolist()}
 
 
-def assess(args: Args, policy: Policy, frozen: Frozen) -> dict[str, Any]:
-    """The paper's evaluation of a policy: deterministic actions in --eval-episodes environments of their own seeds."""
-    envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed, args.contact_forces)
-    returns = evaluate(envs, lambda x, t: act_deterministic(policy, frozen.params, frozen.obs_stats, x))
-    return {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
+def assess(args: Args, variant: dict, policy: Policy, frozen: Frozen) -> dict[str, Any]:
+    """Evaluate a policy as in the paper: deterministic actions in --eval-episodes environments of their own seeds."""
+    envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed, variant)
+    return evaluate(envs, lambda x, t: act_deterministic(policy, frozen.params, frozen.obs_stats, x))
 
 
 # ======================================================================================================================
@@ -883,231 +886,162 @@ def assess(args: Args, policy: Policy, frozen: Frozen) -> dict[str, Any]:
 # ======================================================================================================================
 
 
+def find_teacher(args: Args) -> tuple[dict, dict[str, np.ndarray], str]:
+    """Read the file of --teacher, or of the task's shipped teacher; returns what it says, its arrays and its path."""
+    env_id = args.env_id or "Hopper-v4"
+    path = args.teacher or str(Path(__file__).parent / f"teachers/{env_id}__100.safetensors")
+    if args.env_id or not args.teacher:
+        check_task(env_id)
+    try:
+        about, arrays = read_file(path)
+    except ValueError as error:
+        hint = f"; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file with --teacher"
+        fail(f"{error}{'' if args.teacher else hint}")
+    if args.env_id not in (None, about.get("env_id")):
+        fail(f"{path} is a teacher of {about.get('env_id')}, not of {args.env_id}")
+    return about, arrays, path
+
+
+def make_teacher(about: dict, arrays: dict[str, np.ndarray], path: str) -> Teacher:
+    """Make the policy that a model file describes; end the program if the file is not what it says."""
+    with checked(f"{path} is no model of a MuJoCo task"):
+        if about["network"]["kind"] != "mlp" or type(about["variant"]["contact_forces"]) is not bool:
+            raise ValueError(f"it is of the kind {about['network']['kind']}, {about['variant']}")
+        policy = Policy(tuple(about["network"]["hidden"][:MAX_LAYERS]), about["action_dim"])
+        x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32)
+        params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, "policy")
+        stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, "obs_stats")
+        check_task(about["env_id"])
+        if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(about["env_id"])):
+            fail(f"{path} is for observations and actions of {found}; those of {about['env_id']} are {needed}")
+    return Teacher(about, arrays, policy, Frozen(params, stats))
+
+
 def corrupt(params: dict, std: float, seed: int) -> dict:
-    """An imperfect teacher (section 4.2): adds Gaussian noise of this standard deviation to every parameter."""
+    """Make an imperfect teacher (section 4.2): add Gaussian noise of this standard deviation to every parameter."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
     return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
 
 
 def distill_coef_at(args: Args, fraction: float) -> float:
-    """λ at this fraction of the run, from 0 at its first update to 1 at its last: constant, or linear."""
+    """Return λ at this fraction of the run, from 0 at its first update to 1 at its last: constant, or linear."""
     final = args.distill_coef if args.distill_coef_final is None else args.distill_coef_final
     return args.distill_coef + fraction * (final - args.distill_coef)
 
 
-def choose_device(device: str) -> None:
-    """Settles where the networks run, before JAX first computes."""
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # acting is waited for: handing it over only costs time
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
+def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> None:
+    """End the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a flag's type."""
-    options = get_args(kind)
-    if get_origin(kind) is Literal:
-        return value in options
-    if get_origin(kind) is tuple:
-        alike = isinstance(value, tuple) and all(fits(x, options[0]) for x in value)
-        return alike and (options[-1] is ... or len(value) == len(options))
-    if options:
-        return any(fits(value, option) for option in options)
-    return type(value) is kind or (kind is float and type(value) is int)
+def resume(args: Args) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read the checkpoint that --resume names; end the program where a flag contradicts the run's."""
+    flags, saved, arrays, note = load_checkpoint(args.resume)
+    for name, value in vars(flags).items():
+        if name not in RESUMABLE and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+    if args.total_timesteps < flags.total_timesteps:
+        fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {flags.total_timesteps}")
+    return saved | {"note": note}, arrays
 
 
-def change_args(args: Args, flags: dict) -> Args:
-    """The flags of a file; raises an exception for one that is unknown, missing or of another type."""
-    if missing := [field.name for field in dataclasses.fields(args) if field.name not in flags]:
-        raise KeyError(missing[0])  # of a run before there was this flag, which its default might change
-    args = dataclasses.replace(args, **{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
-    for field in dataclasses.fields(args):
-        if not fits(getattr(args, field.name), field.type):
-            raise TypeError(f"{field.name} is {getattr(args, field.name)!r}")
-    return args
+def finish(args: Args, run: Run, players: dict, params: dict, teacher: Teacher) -> dict[str, float]:
+    """Evaluate all players on the same games, write student.safetensors and results.json, and print the outcome.
 
-
-def restore(args: Args) -> tuple[Args, dict | None]:
-    """With --resume: the flags and the newest whole checkpoint of that run, wherever its folder has moved to."""
-    if args.resume is None:
-        return args, None
-    newest, previous = (Path(args.resume, name) for name in CHECKPOINTS)
-    try:
-        saved = read_tree(newest, "checkpoint")
-    except ValueError as error:
-        if not previous.exists():
-            fail(str(error))
-        saved = load_tree(previous, "checkpoint")
-        print(f"{error}; going on from {previous}", file=sys.stderr)
-    if saved.get("script") != SCRIPT:
-        fail(f"{args.resume} is a run of {saved.get('script')}.py; go on with that script")
-    try:
-        if type(saved["updates"]) is not int or saved["updates"] < 0:
-            raise TypeError(f"updates is {saved['updates']!r}")
-        return change_args(Args(), saved["args"] | {"resume": args.resume, "device": args.device}), saved
-    except Exception as error:  # as in load_policy
-        fail(f"{args.resume} was made by another version of {SCRIPT}.py ({type(error).__name__} {error})")
-
-
-def restore_state(args: Args, saved: dict, state: TrainState, cursor: Cursor, teacher: str | None) -> TrainState:
-    """What a checkpoint has in place of a fresh state and of no returns; ends the program if that is of another run.
-
-    teacher: the fingerprint of this run's, where there is one.
+    players: policy and parameters by name; params: of the student's policy and value. Returns the means and the ratio.
     """
-    try:
-        found = serialization.from_state_dict(state, saved["state"])
-        check_arrays("arrays", found, state)
-        cursor.finished.extend(map(float, saved["finished"]))
-        timing, known = saved["timing"], saved["teacher"]
-        if saved["updates"] > args.num_updates or not all(fits(timing[name], float) for name in ("SPS", "seconds")):
-            raise ValueError(f"update {saved['updates']} of {args.num_updates}, {timing}")
-    except Exception as error:  # as in load_policy
-        fail(f"{args.resume} holds no state of this run: {type(error).__name__} {error}")
-    if known != teacher:
-        fail(f"the teacher is not the one that {args.resume} began with; put its file back, or begin another run")
-    return jax.tree.map(jnp.array, found)
-
-
-def load_teacher(args: Args) -> tuple[Args, Policy, Frozen]:
-    """The teacher's network and what is frozen of it; the task is the teacher's, where no flag says otherwise."""
-    if args.env_id is None and args.teacher is None:
-        args = dataclasses.replace(args, env_id="Hopper-v4")
-    if args.env_id is not None:
-        check_task(args.env_id)
-    path = Path(args.teacher or Path(__file__).parent / "teachers" / f"{args.env_id}__100.msgpack")
-    if args.teacher is None and not path.exists():
-        fail(f"no teacher of {args.env_id} is shipped; train one with `python train_teacher.py --env-id {args.env_id}` "
-             "and name its file with --teacher")
-    model, policy, teacher = load_policy(path)
-    if args.env_id not in (None, model["env_id"]):
-        fail(f"{path} is a teacher of {model['env_id']}, not of {args.env_id}")
-    if args.env_id is None:
-        check_task(model["env_id"])
-    if (found := (list(model["observation_shape"]), policy.action_dim)) != (needed := task_shape(model["env_id"])):
-        fail(f"{path} is for observations and actions of {found}; those of {model['env_id']} are {needed}")
-    args = dataclasses.replace(args, env_id=model["env_id"])
-    if args.contact_forces is None and args.env_id.startswith("Humanoid"):
-        args = dataclasses.replace(args, contact_forces=model["args"].get("contact_forces") is True)
-    return args, policy, teacher
-
-
-def make_folder(args: Args) -> Path:
-    """Creates the run's folder, with args.json in it."""
-    name = f"{args.env_id}__{SCRIPT}__{args.student_size}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or args.run_dir or f"runs/{name}")
-    if args.resume is None:
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            fail(f"cannot create {folder}: {error.strerror}")
-        write_json(folder / "args.json", dataclasses.asdict(args) | {"versions": versions()})
-    return folder
-
-
-def finish(
-    args: Args, networks: Networks, state: TrainState, teacher: Frozen, original: Frozen, folder: Path, timing: dict
-) -> dict[str, float]:
-    """Evaluates student and teacher on the same games, writes student.msgpack and results.json, prints the outcome.
-
-    teacher: as it taught; original: as it was before noise. Returns each one's mean, their ratio and the timing.
-    """
-    student = teacher._replace(params=state.params["policy"])
-    players = {"student": (networks.policy, student), "teacher": (networks.teacher, original)}
-    if args.teacher_noise_std:
-        players["corrupted_teacher"] = (networks.teacher, teacher)
-    evaluations = {name: assess(args, *player) for name, player in players.items()}
-    numbers = {name: x["mean"] for name, x in evaluations.items()} | timing
-    numbers["ratio"] = numbers["student"] / numbers["teacher"] if numbers["teacher"] > 0 else float("nan")
-
+    results = {name: assess(args, teacher.about["variant"], *player) for name, player in players.items()}
+    numbers = {name: found["mean"] for name, found in results.items()}
+    ratio = numbers["student"] / numbers["teacher"] if numbers["teacher"] > 0 else None  # of losses it says nothing
+    numbers |= {"ratio": math.nan if ratio is None else ratio} | {name: run.logged[name] for name in ("SPS", "seconds")}
     network = {"kind": "mlp", "channels": [], "hidden": list(args.hidden)}
-    about = {"env_id": args.env_id, "script": SCRIPT, "network": network, "args": plain_args(args),
-             "command": command_line(args), "versions": versions()}
-    ratio = {"ratio": numbers["ratio"] if numbers["teacher"] > 0 else None}  # of what is negative it would say nothing
-    save_tree(folder / "student.msgpack", "model", about | {
-        "role": "student", "action_dim": networks.policy.action_dim,
-        "observation_shape": list(teacher.obs_stats.mean.shape), "params": state.params,
-        "obs_stats": teacher.obs_stats._asdict(), "evaluation": evaluations["student"]})
-    write_json(folder / "results.json", about | timing | ratio | evaluations)
-    for name, x in evaluations.items():
-        print(f"{name.replace('_', ' '):<18} {x['mean']:>10.1f} ± {x['std']:.1f} ({len(x['returns'])} episodes)")
-    print(f"{'student / teacher':<18} {numbers['ratio']:>10.3f}")
-    print(f"{'steps per second':<18} {timing['SPS']:>10.0f}")
-    print(f"{'files':<18} {folder}")
+    model = teacher.about | run.about | {"role": "student", "network": network, "evaluation": results["student"]}
+    save_file(run.folder / "student.safetensors", model, params | {"obs_stats": teacher.frozen.obs_stats})
+    write_json(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)
+    for name, found in results.items():
+        print(f"{name.replace('_', ' '):<18} {found['mean']:>10,.1f} ± {found['std']:,.1f} "
+              f"({args.eval_episodes} episodes, {found['games']} of them different)")
+    for name in ("ratio", "SPS", "seconds"):
+        print(f"{name:<18} {numbers[name]:>10,.3f}")
+    print(f"{'files':<18} {run.folder}")
     return numbers
 
 
 def main(args: Args) -> dict[str, float]:
-    """Distils a student and evaluates it beside its teacher; returns the single numbers of results.json."""
-    choose_device(args.device)
-    args, saved = restore(args)
-    args, teacher_policy, original = load_teacher(args)
-    args = resolve(args)
-    teacher = original._replace(params=corrupt(original.params, args.teacher_noise_std, args.teacher_noise_seed))
-    first, known = saved["updates"] if saved else 0, fingerprint(original)
+    """Distil a student and evaluate it beside its teacher; returns the single numbers of results.json."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # acting is waited for: handing it over only costs time
+    with suppress(RuntimeError):  # a process that has computed already has its devices
+        jax.config.update("jax_num_cpu_devices", args.num_devices or 1)
+    if args.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    saved, arrays = resume(args) if args.resume else (None, {})
+    own = {name[len("teacher/"):]: x for name, x in arrays.items() if name.startswith("teacher/")}
+    teacher = make_teacher(*((saved.get("teacher"), own, args.resume) if saved else find_teacher(args)))
+    args = resolve(dataclasses.replace(args, env_id=teacher.about["env_id"]))
+    noisy = corrupt(teacher.frozen.params, args.teacher_noise_std, args.teacher_noise_seed)
+    taught = teacher.frozen._replace(params=noisy)
+
+    first = saved["updates"] if saved else 0
     seed = (args.seed + first * args.num_envs) % EVAL_SEED  # going on, it plays new games
-    envs = make_envs(args.env_id, args.num_envs, seed, args.contact_forces)
-    networks = Networks(Policy(args.hidden, teacher_policy.action_dim), Value(args.hidden), teacher_policy)
+    envs = make_envs(args.env_id, args.num_envs, seed, teacher.about["variant"])
+    networks = Networks(Policy(args.hidden, teacher.policy.action_dim), Value(args.hidden), teacher.policy)
     state, cursor = init_state(args, networks, envs.observation_space.shape[0]), start(envs)
     if saved:
-        state = restore_state(args, saved, state, cursor, known)
+        with checked(f"{args.resume} holds no state of this run"):
+            state = fill(state, arrays, "state")
         state = state._replace(discounted=jnp.zeros(args.num_envs))  # its episodes are gone with the simulator
+        cursor.finished.extend(saved["finished"])
 
-    folder = make_folder(args)
-    log = Log(folder, args, first * args.batch_size)
-    timing = saved["timing"] if saved else {"SPS": 0.0, "seconds": 0.0}
-    began = compiled = time.time()
-    before = timing["seconds"]
-    if not saved:
-        save_checkpoint(folder, args, 0, state, cursor, timing, log, known)
-    with closing(log), progress_bar(args, first) as bar, catch_signals() as signals:
-        for number in range(first + 1, args.num_updates + 1):
+    run, signals = Run(args, saved), []
+    if saved:
+        print(saved["note"], file=sys.stderr)
+    bar = trange(first + 1, args.num_updates + 1, initial=first, total=args.num_updates, desc=args.env_id,
+                 unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
+    with closing(run), bar:
+        if not saved:
+            run.save(0, state, cursor.finished, teacher)
+        on_signal(signals.append)
+        for iteration in bar:
+            # Collect
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, networks.policy.action_dim))
-            policy_step = partial(act, networks.policy, state.params["policy"], teacher.obs_stats, noise)
+            policy_step = partial(act, networks.policy, state.params["policy"], taught.obs_stats, noise)
             rollout = collect(envs, cursor, policy_step, args.num_steps)
-            distill_coef = distill_coef_at(args, (number - 1) / max(1, args.num_updates - 1))
-            state, metrics = update(args, networks, teacher, state._replace(key=key), rollout, distill_coef)
-            metrics = jax.tree.map(float, jax.device_get(metrics))
-            check_finite(metrics, number, folder)
 
-            now, steps = time.time(), number * args.batch_size
-            if number == first + 1:  # which compiled: the speed is that of the updates after it, or of the run before
-                timing["SPS"], compiled = timing["SPS"] or args.batch_size / (now - began), now
-            else:
-                timing["SPS"] = (number - first - 1) * args.batch_size / (now - compiled)
-            timing["seconds"] = before + now - began
-            episodic_return = float(np.mean(cursor.finished)) if cursor.finished else float("nan")
-            charts = {"charts/episodic_return": episodic_return, "charts/SPS": timing["SPS"]}
-            log.write(steps, timing["seconds"], charts | metrics)
+            # Update
+            distill_coef = distill_coef_at(args, (iteration - 1) / max(1, args.num_updates - 1))  # PPD
+            state, metrics = update(args, networks, taught, state._replace(key=key), rollout, distill_coef)
+            metrics = {name: float(value) for name, value in metrics.items()}
+            check_finite(metrics, iteration, run.folder)
+
+            # Log
+            episodic_return = np.mean(cursor.finished) if cursor.finished else math.nan
+            run.log(iteration * args.batch_size, {"charts/episodic_return": episodic_return} | metrics)
             bar.set_postfix_str(f"return {episodic_return:.0f}, KL {metrics['losses/teacher_kl']:.3f}", refresh=False)
-            bar.update(args.batch_size)
-            if (last := number == args.num_updates or bool(signals)) or number % args.checkpoint_every == 0:
-                save_checkpoint(folder, args, number, state, cursor, timing, log, known)
-            if last and signals:
-                stop(folder, signals[0])
-    with catch_signals(partial(stop, folder)):
-        envs.close()
-        return finish(args, networks, state, teacher, original, folder, timing)
+
+            # Save
+            interrupted = bool(signals)
+            if interrupted or iteration % args.checkpoint_every == 0 or iteration == args.num_updates:
+                run.save(iteration, state, cursor.finished, teacher)
+            if interrupted:
+                stop(run.folder, signals[0])
+    on_signal(partial(stop, run.folder))
+    if signals:  # one that came while the last checkpoint was saved
+        stop(run.folder, signals[0])
+    envs.close()
+    student = teacher.frozen._replace(params=state.params["policy"])
+    players = {"student": (networks.policy, student), "teacher": (teacher.policy, teacher.frozen)}
+    if args.teacher_noise_std:
+        players["corrupted_teacher"] = (teacher.policy, taught)
+    return finish(args, run, players, state.params, teacher)
 
 
-def program() -> None:
-    """The command line's program: a file that cannot be written ends it in one line, with exit code 1.
-
-    It ends there and then, since what Python would still write at its exit would fail as well.
-    """
-
-    def give_up(error: BaseException) -> NoReturn:
-        with tqdm.external_write_mode(sys.stderr):  # in place of the progress bar
-            print(f"error: {error}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
-            os._exit(1)
-
-    threading.excepthook = lambda failure: give_up(failure.exc_value)  # a thread writes TensorBoard's events
+if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:  # before training
         raise SystemExit(130) from None
-    except OSError as error:
-        give_up(error)
-
-
-if __name__ == "__main__":
-    program()
+    except OSError as error:  # a full disk
+        raise SystemExit(f"error: {error}; go on from the last checkpoint with --resume") from None

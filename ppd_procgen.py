@@ -1,6 +1,6 @@
 """Proximal Policy Distillation (PPD) on Procgen: a student learns by PPO from its experience, pulled to its teacher.
 
-    python ppd_procgen.py --teacher runs/.../teacher.msgpack --student-size larger
+    python ppd_procgen.py --teacher runs/.../teacher.safetensors --student-size larger
 
 Each iteration collects a rollout with the student, estimates advantages A, and over epochs of shuffled minibatches
 
@@ -12,26 +12,49 @@ marked `# PPD`. Source: Spigler, "Proximal Policy Distillation", TMLR 2025 (arXi
 A.3.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax==0.10.2; python_version < '3.12'",
+#   "jax==0.11.2; python_version >= '3.12'",
+#   "envpool==1.2.5; python_version < '3.12'",
+#   "envpool==1.2.7; python_version >= '3.12'",
+#   "distrax==0.1.9",
+#   "flax==0.12.8",
+#   "gymnasium==1.3.0",
+#   "numpy==2.4.6",
+#   "optax==0.2.8",
+#   "safetensors==0.8.0",
+#   "tensorboardX==2.6.5",
+#   "tfp-nightly==0.26.0.dev20261027",
+#   "tqdm==4.67.1",
+#   "typeguard==4.6.1",
+#   "tyro==1.0.17",
+# ]
+# ///
+
 import csv
 import dataclasses
 import difflib
-import hashlib
 import importlib.util
 import json
-import operator
+import math
 import os
 import platform
+import re
+import secrets
+import shlex
 import signal
 import sys
-import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import distrax
 import flax
@@ -40,10 +63,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.numpy
 import tyro
-from flax import serialization
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+from tqdm import trange
+from typeguard import CollectionCheckStrategy, check_type
 
 # ======================================================================================================================
 # Arguments
@@ -66,31 +92,31 @@ NETWORKS = {
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is learned, and where."""
+class Args:
+    """All flags."""
 
+    # Task
     env_id: str | None = None
     """task, by envpool's name: CoinrunEasy-v0, JumperEasy-v0, MinerEasy-v0, NinjaEasy-v0 (the paper's) or another
-    Procgen game; by default the teacher's, and CoinrunEasy-v0 where no teacher is named either"""
+    Procgen game; by default the teacher's, or CoinrunEasy-v0"""
     start_level: int | None = None
     """first level to learn on; by default the teacher's"""
     num_levels: int | None = None
     """levels to learn on; all later ones are for the test; by default as many as the teacher learned on"""
     seed: int = 100
-    """seed of networks, actions, minibatches and environments (the paper's: 100, 200, 300, 400, 500); environment i
-    takes seed + i, so seeds of one study should lie further apart than --num-envs and --eval-episodes"""
+    """seed of everything (the paper's: 100, 200, 300, 400, 500); environment i takes seed + i, so seeds of one study
+    should lie further apart than --num-envs and --eval-episodes"""
     total_timesteps: int = 2_000_000
-    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count, as everywhere"""
+    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count"""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """where the networks run, also of a resumed run; gpu is an error where there is none"""
+    """where the networks run; gpu is an error where there is none"""
+    num_devices: int | None = None
+    """devices that share the networks' work, a divisor of --num-envs and of the minibatch; by default all GPUs, or all
+    cores of a CPU"""
 
-
-@dataclass(frozen=True)
-class Distillation:
-    """The teacher, the student, and how strongly one pulls the other."""
-
+    # Teacher and student
     teacher: str | None = None
-    """file of the teacher; by default teachers/{env_id}__100.msgpack beside this script"""
+    """file of the teacher; by default teachers/{env_id}__100.safetensors beside this script"""
     student_size: Literal["smaller", "same", "larger"] = "larger"
     """the student's networks: Nature-CNN with 64 units, IMPALA-CNN with 16, 32, 32 filters and 256 units (the paper's
     teachers), or IMPALA-CNN with 32, 64, 64 filters and 1024 units"""
@@ -109,43 +135,35 @@ class Distillation:
     teacher_noise_seed: int = 0
     """seed of that noise"""
 
-
-@dataclass(frozen=True)
-class PPO:
-    """Proximal policy optimisation."""
-
+    # PPO
     learning_rate: float = 3e-4
     """step size of Adam, constant"""
     num_envs: int = 18
     """environments stepped in parallel (N)"""
-    num_steps: int | None = None
-    """steps of each environment in a rollout (T); the paper's: 64"""
+    num_steps: int = 64
+    """steps of each environment in a rollout (T)"""
     num_minibatches: int | None = None
     """minibatches of an epoch, a divisor of N*T; by default the fewest of at most 512 samples"""
     update_epochs: int = 4
     """passes over each rollout"""
-    gamma: float | None = None
-    """discount factor (γ); the paper's: 0.999"""
+    gamma: float = 0.999
+    """discount factor (γ)"""
     gae_lambda: float = 0.9
     """decay of generalised advantage estimation"""
     clip_coef: float = 0.2
     """clipping range of the probability ratio (ε)"""
-    ent_coef: float | None = None
-    """weight of the entropy bonus (α); the paper's: 0"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus (α)"""
     vf_coef: float = 0.5
     """weight of the value loss, a plain mean squared error"""
     max_grad_norm: float = 0.5
     """largest global norm of the gradient, policy and value together"""
 
-
-@dataclass(frozen=True)
-class Output:
-    """What a run leaves behind."""
-
+    # Output
     run_dir: str | None = None
     """folder of the run; by default runs/{env_id}__{script}__{student_size}__{seed}__{unix_time}"""
     resume: str | None = None
-    """folder of an interrupted run to go on with; all other flags but --device are then that run's"""
+    """folder of a run to go on with; its flags are the run's, but a larger --total-timesteps extends it"""
     checkpoint_every: int = 50
     """updates between checkpoints"""
     eval_episodes: int = 200
@@ -157,17 +175,17 @@ class Output:
     wandb_entity: str | None = None
     """team to log to"""
 
-
-@dataclass(frozen=True)
-class Args(Output, PPO, Distillation, Task):
-    """All flags; the command line groups them by the classes above."""
-
     @property
     def network(self) -> Network:
         """The student's networks (appendix A.3, with the smaller one of Table 4)."""
-        network = NETWORKS[self.student_size]
-        channels = network.channels if self.student_channels is None else self.student_channels
-        return Network(network.kind, channels, network.hidden if self.student_hidden is None else self.student_hidden)
+        kind, channels, hidden = NETWORKS[self.student_size]
+        hidden = hidden if self.student_hidden is None else self.student_hidden
+        return Network(kind, self.student_channels or channels, hidden)
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return f"{self.env_id}__{SCRIPT}__{self.student_size}__{self.seed}__{int(time.time())}"
 
     @property
     def batch_size(self) -> int:
@@ -180,38 +198,37 @@ class Args(Output, PPO, Distillation, Task):
         return -(-self.total_timesteps // self.batch_size)
 
 
-# The paper's defaults (appendix A.3)
-PAPER = {"num_steps": 64, "ent_coef": 0.0, "gamma": 0.999}
-
-# Flags that must lie in a range, both ends included
+# Smallest and largest value of a flag
 RANGES = {
     "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
-    "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "eval_episodes": (1, 10**5), "seed": (0, 10**9 - 1),
-    "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1), "gae_lambda": (0, 1),
-    "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
-    "start_level": (0, 10**9), "num_levels": (1, 10**9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
-    "teacher_noise_std": (0, 1e6),
+    "num_devices": (1, 10**4), "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "seed": (0, 10**9 - 1),
+    "eval_episodes": (1, 10**5), "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1),
+    "gae_lambda": (0, 1), "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
+    "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6), "teacher_noise_std": (0, 1e6), "start_level": (0, 10**9),
+    "num_levels": (1, 10**9),
 }
 MAX_LAYERS = 64
+RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
+             "wandb_project_name", "wandb_entity")  # flags that may change when a run goes on
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the program for bad input: one line on stderr, exit code 2."""
+    """End the program for bad input: one line on stderr, exit code 2."""
     print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
     raise SystemExit(2)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line; every class that `Args` inherits from is a group of flags."""
-    groups = [(base.__name__, base, dataclasses.field(default_factory=base)) for base in reversed(Args.__bases__)]
-    form = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Groups", groups, frozen=True)]
-    parsed = tyro.cli(form, args=argv, description=__doc__)
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    """Read the command line; with --resume, flags that are not given are the run's own."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.resume is None:
+        return args
+    run = dataclasses.replace(load_checkpoint(args.resume)[0], resume=args.resume)
+    return tyro.cli(Args, args=argv, description=__doc__, default=run)
 
 
 def resolve(args: Args) -> Args:
-    """Fills in the task's defaults; ends the program for flags that cannot work, before anything is written."""
-    args = dataclasses.replace(args, **{name: value for name, value in PAPER.items() if getattr(args, name) is None})
+    """Fill in what follows from other flags; end the program for flags that cannot work, before anything is written."""
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -225,6 +242,13 @@ def resolve(args: Args) -> Args:
     if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
              f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
+    samples, found = args.batch_size // args.num_minibatches, len(jax.devices())
+    if args.num_devices is None:
+        shared = math.gcd(args.num_envs, samples)
+        args = dataclasses.replace(args, num_devices=max(n for n in range(1, found + 1) if shared % n == 0))
+    if args.num_devices > found or args.num_envs % args.num_devices or samples % args.num_devices:
+        fail(f"--num-devices {args.num_devices} must divide {args.num_envs} environments and a minibatch of {samples} "
+             f"samples; JAX finds {found} devices")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -238,12 +262,17 @@ def resolve(args: Args) -> Args:
 # Environments
 # ======================================================================================================================
 
-EVAL_SEED = 10**9  # what evaluation adds to the seed of its environments, so that it plays other games than training
+EVAL_SEED = 10**9  # added to the seed of the environments in evaluation
 OBSERVATION_SHAPE = (3, 64, 64)
 
 
+def count_cores() -> int:
+    """Return how many cores of the CPU this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def import_envpool() -> Any:
-    """Imports envpool only when it is needed: that is slow, and fails where a system library is missing."""
+    """Import envpool only when it is needed: that is slow, and fails where a system library is missing."""
     try:
         import envpool
     except ImportError as error:
@@ -252,7 +281,7 @@ def import_envpool() -> Any:
 
 
 def check_task(env_id: str) -> None:
-    """Ends the program for a task that is no Procgen game of envpool, naming those like it."""
+    """End the program for a task that is no Procgen game of envpool, naming those like it."""
     specs = import_envpool().registration.registry.specs  # of each task by name: the module it lies in, and more
     known = [name for name, (module, *_) in specs.items() if module == "envpool.procgen"]
     if env_id not in known:
@@ -261,39 +290,33 @@ def check_task(env_id: str) -> None:
 
 
 def task_shape(env_id: str) -> tuple[list[int], int]:
-    """Shape of an observation, and the number of actions, or of their dimensions; makes no environment."""
+    """Return the shape of an observation and the number of actions, without making an environment."""
     try:
         spec = import_envpool().make_spec(env_id)
     except ImportError:
         fail(f"{env_id} needs Qt, which envpool's Procgen draws with; on Debian: apt-get install libqt5gui5")
-    space = spec.gymnasium_action_space
-    return list(spec.gymnasium_observation_space.shape), int(space.shape[0] if space.shape else space.n)
+    return list(spec.gymnasium_observation_space.shape), int(spec.gymnasium_action_space.n)
 
 
-def make_envs(
-    env_id: str, num_envs: int, seed: int, start_level: int, num_levels: int, unseen: bool = False
-) -> Any:
-    """Vectorised environments; the seed is given here because envpool ignores reset(seed=).
+def make_envs(env_id: str, num_envs: int, seed: int, variant: dict, unseen: bool = False) -> Any:
+    """Make vectorised environments; the seed is given here because envpool ignores reset(seed=).
 
-    64x64 coloured images of num_levels levels from start_level on, or of all later ones.
+    64x64 coloured images of num_levels levels from start_level on, as in variant, or of all later levels. A few unseen
+    levels look like one of training: they differ in their seeds.
     """
-    levels = {"start_level": start_level, "num_levels": num_levels}
+    first, levels = variant["start_level"], variant["num_levels"]
     if unseen:
-        first = start_level + num_levels
-        levels = {"start_level": first, "num_levels": 2**31 - 1 - first}
-    try:
-        return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **levels)
-    except ImportError:
-        fail(f"{env_id} needs Qt, which envpool's Procgen draws with; on Debian: apt-get install libqt5gui5")
+        first, levels = first + levels, 2**31 - 1 - first - levels
+    return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, start_level=first, num_levels=levels)
 
 
 def reset(envs: Any) -> np.ndarray:
-    """The first observations [N, C, H, W] of all environments, uint8."""
+    """Reset all environments; returns their first observations [N, C, H, W], uint8."""
     return envs.reset()[0]
 
 
 def step(envs: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Observations [N, C, H, W], and rewards, terminations, truncations and ends of whole games, [N] each.
+    """Step all environments; returns observations [N, C, H, W], rewards, terminations, truncations, ends of games, [N].
 
     actions: [N] int32.
     """
@@ -322,16 +345,16 @@ class Rollout(NamedTuple):
 
 
 def start(envs: Any) -> Cursor:
-    """Resets all environments."""
+    """Reset all environments; returns where they stand."""
     observations = reset(envs)
     return Cursor(observations, np.zeros(len(observations), bool), np.zeros(len(observations)), deque(maxlen=100))
 
 
 def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) -> Rollout:
-    """Steps the N environments `num_steps` times with the actions that policy_step(observations, t) gives.
+    """Step the N environments `num_steps` times with the actions that policy_step(observations, t) gives.
 
     envpool resets on the step after an episode's end: that step ignores its action and gives the reset observation with
-    reward 0. It is no transition of the task; such phantoms are marked, and have weight 0 wherever they could count.
+    reward 0. It is no transition of the task. Such phantoms are marked, and weigh 0 wherever they could count.
     """
     observations = np.empty((num_steps + 1, *cursor.observations.shape), cursor.observations.dtype)
     rewards = np.empty((num_steps, len(cursor.dones)), np.float32)
@@ -344,9 +367,8 @@ def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) ->
         observations[t + 1], rewards[t], terminations[t], truncations[t], ends = step(envs, actions[t])
         np.logical_or(terminations[t], truncations[t], out=cursor.dones)
         cursor.returns[:] += rewards[t]
-        if ends.any():
-            cursor.finished.extend(cursor.returns[ends])
-            cursor.returns[ends] = 0.0
+        cursor.finished.extend(cursor.returns[ends])
+        cursor.returns[ends] = 0.0
     cursor.observations[:] = observations[-1]
     return Rollout(observations, np.stack(actions), rewards, terminations, truncations, phantoms)
 
@@ -357,23 +379,23 @@ def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) ->
 
 
 def torso(network: Network, x: jax.Array) -> jax.Array:
-    """Features [..., F] of images [..., C, H, W], uint8; called inside a module's __call__, whose layers these become.
+    """Compute features [..., F] of images [..., C, H, W], uint8, inside a module's __call__, which owns the layers.
 
     Nature-CNN (Mnih et al. 2015) or IMPALA-CNN (Espeholt et al. 2018), then hidden layers.
     """
     orthogonal = nn.initializers.orthogonal(np.sqrt(2))
+    conv = partial(nn.Conv, kernel_init=orthogonal,
+                   conv_general_dilated=convolve if jax.default_backend() == "cpu" else None)
     x = jnp.moveaxis(x, -3, -1).astype(jnp.float32) / 255.0
     if network.kind == "nature":
         for channels, size, stride in zip(network.channels, (8, 4, 3), (4, 2, 1), strict=True):
-            x = nn.relu(nn.Conv(channels, (size, size), stride, "VALID", kernel_init=orthogonal)(x))
+            x = nn.relu(conv(channels, (size, size), stride, "VALID")(x))
     else:
-        ours = (lambda x, kernel, *_, **__: convolve(x, kernel)) if jax.default_backend() == "cpu" else None
-        conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=orthogonal, conv_general_dilated=ours)
         for channels in network.channels:
-            x = max_pool(conv(channels)(x))
+            x = max_pool(conv(channels, (3, 3))(x))
             for _ in range(2):
-                y = conv(channels)(nn.relu(x))
-                x = x + conv(channels)(nn.relu(y))
+                y = conv(channels, (3, 3))(nn.relu(x))
+                x = x + conv(channels, (3, 3))(nn.relu(y))
         x = nn.relu(x)
     x = x.reshape(*x.shape[:-3], -1)
     for width in network.hidden:
@@ -381,42 +403,27 @@ def torso(network: Network, x: jax.Array) -> jax.Array:
     return x
 
 
-@jax.custom_vjp
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolution of x [B, H, W, C] with a kernel [3, 3, C, F], stride 1, zeros around: XLA's, but for its gradient.
+def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: str, **_: Any) -> jax.Array:
+    """Convolve x [B, H, W, C] with a kernel [k, k, C, F] as one matrix product of patches; a CPU does that sooner.
 
-    XLA's is slow on a CPU. The sum over shifted copies of x, as one matrix product for a few images at a time, so that
-    they stay in the cache, is the same gradient sooner. On a GPU it is not used.
+    For a stride s, blocks of s x s pixels first become pixels of s*s*C channels: then the stride is 1.
     """
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def convolve_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The convolution, and what its gradient needs."""
-    return convolve(x, kernel), (x, kernel)
-
-
-def convolve_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gradients in x and in the kernel, from that in the output [B, H, W, F]."""
-    x, kernel = saved
-    size, height, width = max(k for k in range(1, 13) if len(x) % k == 0), *x.shape[1:3]
-
-    def add(total, part):
-        x, gradient = part
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = jnp.concatenate([x[:, i: i + height, j: j + width] for i in range(3) for j in range(3)], axis=-1)
-        return total + jnp.tensordot(shifted, gradient, ((0, 1, 2), (0, 1, 2))).reshape(kernel.shape), None
-
-    parts = jax.tree.map(lambda y: y.reshape(-1, size, *y.shape[1:]), (x, gradient))
-    in_kernel, _ = jax.lax.scan(add, jnp.zeros_like(kernel), parts)
-    return convolve(gradient, kernel[::-1, ::-1].swapaxes(2, 3)), in_kernel
-
-
-convolve.defvjp(convolve_forward, convolve_backward)
+    (size, _, channels, filters), stride = kernel.shape, strides[0]
+    if stride > 1:
+        height, width = ((n - size) // stride * stride + size for n in x.shape[1:3])
+        x = x[:, :height, :width].reshape(-1, height // stride, stride, width // stride, stride, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height // stride, width // stride, stride * stride * channels)
+        size //= stride
+        kernel = kernel.reshape(size, stride, size, stride, channels, filters).transpose(0, 2, 1, 3, 4, 5)
+    if padding == "SAME":
+        x = jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
+    height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
+    patches = [x[:, i: i + height, j: j + width] for i in range(size) for j in range(size)]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, filters)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Maximum over 3x3 windows of x [..., H, W, C], stride 2, with a border of 1: sizes 84, 42, 21, 11.
+    """Take the maximum over 3x3 windows of x [..., H, W, C], stride 2, with a border of 1: sizes 84, 42, 21, 11.
 
     As maxima of shifted slices, of columns and then of rows, because XLA's own gradient of pooling is slow on a CPU.
     """
@@ -435,7 +442,7 @@ class Policy(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [..., C, H, W], uint8. Returns logits [..., A]."""
+        """Return logits [..., A] for images x [..., C, H, W], uint8."""
         x = torso(self.network, x)
         return nn.Dense(self.num_actions, kernel_init=nn.initializers.orthogonal(0.01))(x)
 
@@ -447,13 +454,13 @@ class Value(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [..., C, H, W], uint8. Returns values [...]."""
+        """Return values [...] for images x [..., C, H, W], uint8."""
         x = torso(self.network, x)
         return nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x).squeeze(-1)
 
 
 def distribution(outputs: jax.Array) -> distrax.Distribution:
-    """The action distribution that a policy's outputs (logits [..., A]) stand for."""
+    """Return the action distribution for a policy's outputs (logits [..., A])."""
     return distrax.Categorical(logits=outputs)
 
 
@@ -463,7 +470,7 @@ def distribution(outputs: jax.Array) -> distrax.Distribution:
 
 
 class Stats(NamedTuple):
-    """Running mean and variance, and the number of samples they rest on."""
+    """Running mean and variance, and the number of samples they are computed from."""
 
     mean: jax.Array
     var: jax.Array
@@ -471,7 +478,7 @@ class Stats(NamedTuple):
 
 
 def update_stats(stats: Stats, samples: jax.Array, weights: jax.Array) -> Stats:
-    """Adds samples [B, ...] whose weight [B] is 1, not those of weight 0 (Chan et al. 1979, pairwise update)."""
+    """Add the samples [B, ...] whose weight [B] is 1, not those of weight 0 (Chan et al. 1979, pairwise update)."""
     n = weights.sum()
     mean = jnp.tensordot(weights, samples, 1) / jnp.maximum(n, 1)
     var = jnp.tensordot(weights, (samples - mean) ** 2, 1) / jnp.maximum(n, 1)
@@ -484,9 +491,10 @@ def update_stats(stats: Stats, samples: jax.Array, weights: jax.Array) -> Stats:
 def discount_forward(
     rewards: jax.Array, dones: jax.Array, carried: jax.Array, gamma: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Discounted sum of the rewards so far, g_t = γ g_{t-1} + r_t, from 0 in each episode: what scales the rewards.
+    """Compute the discounted sum of the rewards so far, g_t = γ g_{t-1} + r_t; its deviation scales the rewards.
 
-    rewards, dones: [T, N]; carried: [N], from the rollout before. Returns what to carry on, [N], and all g, [T, N].
+    rewards, dones: [T, N]; carried: [N], from the rollout before. Each episode starts at 0. Returns what to carry to
+    the next rollout, [N], and all g, [T, N].
     """
 
     def step(g, x):
@@ -501,11 +509,11 @@ def compute_gae(
     rewards: jax.Array, values: jax.Array, terminations: jax.Array, truncations: jax.Array, gamma: float,
     gae_lambda: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation (Schulman et al. 2016): advantages and returns, both [T, N].
+    """Compute advantages and returns, both [T, N], by generalised advantage estimation (Schulman et al. 2016).
 
     rewards, terminations, truncations: [T, N]; values: [T+1, N], of all stored observations. A terminated step does
-    not bootstrap. A truncated one does, from the true final observation, which is the one stored at t+1. Both cut the
-    trace, so nothing of a phantom step reaches another.
+    not bootstrap. A truncated step bootstraps from the true final observation, which is stored at t+1. Both cut the
+    trace, so nothing of a phantom step reaches another step.
     """
     dones = jnp.maximum(terminations, truncations)
     deltas = rewards + gamma * values[1:] * (1.0 - terminations) - values[:-1]
@@ -520,12 +528,12 @@ def compute_gae(
 
 
 def weighted_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean of x [B] over the samples whose weight [B] is 1."""
+    """Average x [B] over the samples whose weight [B] is 1."""
     return (x * weights).sum() / jnp.maximum(weights.sum(), 1.0)
 
 
 def standardize(advantages: jax.Array, weights: jax.Array) -> jax.Array:
-    """Advantages [B] with mean 0 and variance 1 over the samples whose weight [B] is 1."""
+    """Bring advantages [B] to mean 0 and variance 1 over the samples whose weight [B] is 1."""
     centred = advantages - weighted_mean(advantages, weights)
     return centred / (jnp.sqrt(weighted_mean(centred**2, weights)) + 1e-8)
 
@@ -545,9 +553,9 @@ class Batch(NamedTuple):
 def ppd_terms(
     outputs: Any, value: jax.Array, sample: Batch, clip_coef: float, kl_direction: str
 ) -> dict[str, jax.Array]:
-    """The terms of one sample's loss (Algorithm 1), as scalars.
+    """Compute the terms of one sample's loss, as scalars (Algorithm 1).
 
-    outputs: the student policy's, [A] each; value: the student's, []; sample: its advantage is standardised already.
+    outputs: of the student's policy, [A] (each); value: of the student, []; sample: its advantage is standardised.
     """
     pi, teacher = distribution(outputs), distribution(sample.teacher)
     log_ratio = pi.log_prob(sample.actions) - sample.log_probs
@@ -569,9 +577,9 @@ def ppd_loss(
     outputs: Any, values: jax.Array, batch: Batch, distill_coef: float, clip_coef: float, ent_coef: float,
     vf_coef: float, kl_direction: str,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a minibatch and its terms, averaged over the samples whose weight is 1.
+    """Compute the loss of a minibatch and its terms, averaged over the samples whose weight is 1.
 
-    outputs: the student policy's, [B, A] each; values: the student's, [B]; distill_coef: λ at this step.
+    outputs: of the student's policy, [B, A] (each); values: of the student, [B]; distill_coef: λ at this step.
     """
     terms = jax.vmap(partial(ppd_terms, clip_coef=clip_coef, kl_direction=kl_direction))(outputs, values, batch)
     terms = {name: weighted_mean(term, batch.weights) for name, term in terms.items()}
@@ -585,12 +593,24 @@ def ppd_loss(
 # ======================================================================================================================
 
 
+P = jax.sharding.PartitionSpec  # how arrays lie on several devices: P() is whole on each
+
+
 class Networks(NamedTuple):
     """The flax modules; they hold no parameters."""
 
     policy: Policy
     value: Value
     teacher: Policy
+
+
+class Teacher(NamedTuple):
+    """A teacher's file, what it says and its arrays, and the policy made of it."""
+
+    about: dict
+    arrays: dict[str, np.ndarray]
+    policy: Policy
+    params: dict
 
 
 class TrainState(NamedTuple):
@@ -604,12 +624,12 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam, after clipping the global norm of the gradient."""
+    """Return Adam after clipping of the gradient's global norm."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate, eps=1e-5))
 
 
 def init_state(args: Args, networks: Networks) -> TrainState:
-    """A fresh student, from the seed alone."""
+    """Initialise a student from the seed alone."""
     key = jax.random.fold_in(jax.random.PRNGKey(args.seed), 1)  # not the weights that a teacher of this seed began with
     key, policy_key, value_key = jax.random.split(key, 3)
     x = jnp.zeros((1, *OBSERVATION_SHAPE), jnp.uint8)
@@ -620,95 +640,128 @@ def init_state(args: Args, networks: Networks) -> TrainState:
 
 @partial(jax.jit, static_argnames=("num_steps", "shape"))
 def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """The key to go on with, and standard Gumbel noise [T, N, A] of a rollout."""
+    """Draw standard Gumbel noise [T, N, A] for a rollout; returns the key to go on with, and the noise.
+
+    One call draws all of it, because drawn step by step it costs as much as the network.
+    """
     key, rollout_key = jax.random.split(key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(rollout_key, jnp.arange(num_steps))
     return key, jax.vmap(jax.random.gumbel, (0, None))(keys, shape)
 
 
-@partial(jax.jit, static_argnames="policy")
-def act(policy: Policy, params: dict, noise: jax.Array, observations: jax.Array, t: int) -> jax.Array:
-    """Samples actions [N] for observations [N, C, H, W]: the largest of logits plus noise [T, N, A] of step t."""
-    return jnp.argmax(policy.apply(params, observations) + noise[t], axis=-1)
+def over_devices(num_devices: int) -> Callable:
+    """Return shard_map over the devices that share the work: GPUs, or cores of a CPU."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), "devices")
+    return partial(jax.shard_map, mesh=mesh, check_vma=False)
+
+
+def part_size(network: Network, num_rows: int) -> int:
+    """Return how many of so many rows go through a network at a time, a divisor; on a CPU images must fit the cache."""
+    most = {"nature": 16, "impala": 4}.get(network.kind, num_rows) if jax.default_backend() == "cpu" else 512
+    return max(n for n in range(1, min(most, num_rows) + 1) if num_rows % n == 0)
+
+
+def apply_in_parts(num_devices: int, network: nn.Module, params: dict, x: jax.Array) -> Any:
+    """Apply a network to x [T, N, ...], shared out over the devices along N, a part at a time."""
+
+    def on_one_device(params, x):
+        rows = x.reshape(-1, *x.shape[2:])
+        size = part_size(network.network, len(rows))
+        outputs = jax.lax.map(partial(network.apply, params), rows.reshape(-1, size, *rows.shape[1:]))
+        return jax.tree.map(lambda y: y.reshape(*x.shape[:2], *y.shape[2:]), outputs)
+
+    whole, split = P(), P(None, "devices")
+    return over_devices(num_devices)(on_one_device, in_specs=(whole, split), out_specs=split)(params, x)
+
+
+def mean_gradient(
+    args: Args, loss_fn: Callable, params: dict, batch: Batch, indices: jax.Array
+) -> tuple[dict, dict[str, jax.Array]]:
+    """Average gradient and terms of loss_fn(params, part) over the samples of these indices [B] whose weight is 1.
+
+    They are shared out over the devices; each takes a part at a time, and adds up.
+    """
+    total = jnp.maximum(batch.weights[indices].sum(), 1.0)
+
+    def on_one_device(params, batch, indices):
+        def add(sums, where):
+            part = jax.tree.map(lambda x: x[where], batch)
+            share = part.weights.sum() / total
+            found = jax.grad(loss_fn, has_aux=True)(params, part)
+            return jax.tree.map(lambda s, x: s + share * x, sums, found), None
+
+        parts = indices.reshape(-1, part_size(args.network, len(indices)))
+        _, terms = jax.eval_shape(loss_fn, params, jax.tree.map(lambda x: x[parts[0]], batch))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, terms))
+        return jax.lax.psum(jax.lax.scan(add, zeros, parts)[0], "devices")
+
+    return over_devices(args.num_devices)(
+        on_one_device, in_specs=(P(), P(), P("devices")), out_specs=P())(params, batch, indices)
+
+
+@partial(jax.jit, static_argnames=("num_devices", "policy"))
+def act(
+    num_devices: int, policy: Policy, params: dict, noise: jax.Array, observations: jax.Array, t: int
+) -> jax.Array:
+    """Sample actions [N] for images [N, C, H, W]: the largest of logits plus noise [T, N, A] of step t."""
+    logits = apply_in_parts(num_devices, policy, params, observations[None])[0]
+    return jnp.argmax(logits + noise[t], axis=-1)
 
 
 @partial(jax.jit, static_argnames="policy")
 def act_sampled(policy: Policy, params: dict, key: jax.Array, observations: jax.Array, t: int) -> jax.Array:
-    """Sampled actions [N] for images, as the evaluation on Procgen takes them; t: step of the evaluation."""
-    return distribution(policy.apply(params, observations)).sample(seed=jax.random.fold_in(key, t))
+    """Sample actions [N] for images, as evaluation on Procgen takes them; t: step of the evaluation."""
+    logits = apply_in_parts(1, policy, params, observations[None])[0]
+    return distribution(logits).sample(seed=jax.random.fold_in(key, t))
 
 
-def apply_in_chunks(network: nn.Module, params: dict, images: jax.Array) -> jax.Array:
-    """The network's outputs [T, N, ...] for images [T, N, C, H, W], about 512 at a time: all at once take gigabytes."""
-    return jax.lax.map(partial(network.apply, params), images, batch_size=-(-512 // images.shape[1]))
-
-
-@partial(jax.jit, static_argnames=("args", "networks"))
-def prepare(
-    args: Args, networks: Networks, teacher: dict, state: TrainState, rollout: Rollout
-) -> tuple[TrainState, Batch, jax.Array]:
-    """Turns a rollout into samples: the state with its statistics, the batch, and the minibatches' indices [*, B]."""
+@partial(jax.jit, static_argnames=("args", "networks"), donate_argnames="state")
+def update(
+    args: Args, networks: Networks, teacher: dict, state: TrainState, rollout: Rollout, distill_coef: float
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Learn from one rollout; returns the new state and the metrics, averaged over all minibatches."""
     rewards, terminations, truncations, phantoms = (jnp.asarray(x, jnp.float32) for x in rollout[2:])
     dones, weights = jnp.maximum(terminations, truncations), 1.0 - phantoms
 
     # The parameters are still those of the rollout: its values and log-probabilities need no call of each step
-    observations = jnp.asarray(rollout.observations)
-    values = apply_in_chunks(networks.value, state.params["value"], observations)
-    logits = apply_in_chunks(networks.policy, state.params["policy"], observations[:-1])
+    apply, observations = partial(apply_in_parts, args.num_devices), rollout.observations
+    values = apply(networks.value, state.params["value"], observations)
+    logits = apply(networks.policy, state.params["policy"], observations[:-1])
     log_probs = distribution(logits).log_prob(rollout.actions)
-    teacher_logits = apply_in_chunks(networks.teacher, teacher, observations[:-1])  # PPD: once, for all epochs
+    teacher_logits = apply(networks.teacher, teacher, observations[:-1])  # PPD: once a rollout, for all epochs
 
     discounted, sums = discount_forward(rewards, dones, state.discounted, args.gamma)
     return_stats = update_stats(state.return_stats, sums.reshape(-1), weights.reshape(-1))
     rewards = jnp.clip(rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
     advantages, returns = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
 
-    batch = Batch(
-        observations[:-1], jnp.asarray(rollout.actions), log_probs, advantages, returns, weights, teacher_logits)
+    batch = Batch(observations[:-1], rollout.actions, log_probs, advantages, returns, weights, teacher_logits)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
+    optimizer = make_optimizer(args)
+
+    def loss_fn(params, samples):
+        outputs = networks.policy.apply(params["policy"], samples.observations)
+        values = networks.value.apply(params["value"], samples.observations)
+        return ppd_loss(outputs, values, samples, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
+                        args.kl_direction)
+
+    def train_minibatch(carry, indices):
+        params, opt_state = carry
+        advantages = standardize(batch.advantages[indices], batch.weights[indices])
+        standardized = batch._replace(advantages=batch.advantages.at[indices].set(advantages))
+        grads, metrics = mean_gradient(args, loss_fn, params, standardized, indices)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        return (params, opt_state), metrics
+
     key, shuffle_key = jax.random.split(state.key)
     epoch_keys = jax.random.split(shuffle_key, args.update_epochs)
     orders = jax.vmap(jax.random.permutation, (0, None))(epoch_keys, args.batch_size)
-    state = state._replace(return_stats=return_stats, discounted=discounted, key=key)
-    return state, batch, orders.reshape(args.update_epochs * args.num_minibatches, -1)
-
-
-@partial(jax.jit, static_argnames=("args", "networks"), donate_argnames=("params", "opt_state"))
-def train_minibatch(
-    args: Args, networks: Networks, params: dict, opt_state: optax.OptState, batch: Batch, indices: jax.Array,
-    distill_coef: float,
-) -> tuple[dict, optax.OptState, dict[str, jax.Array]]:
-    """Takes a gradient step on the samples of these indices [B]."""
-    minibatch = jax.tree.map(lambda x: x[indices], batch)
-    minibatch = minibatch._replace(advantages=standardize(minibatch.advantages, minibatch.weights))
-
-    def loss_fn(params):
-        outputs = networks.policy.apply(params["policy"], minibatch.observations)
-        values = networks.value.apply(params["value"], minibatch.observations)
-        return ppd_loss(outputs, values, minibatch, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
-                        args.kl_direction)
-
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = make_optimizer(args).update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-    return params, opt_state, metrics
-
-
-def update(
-    args: Args, networks: Networks, teacher: dict, state: TrainState, rollout: Rollout, distill_coef: float
-) -> tuple[TrainState, dict[str, float]]:
-    """Learns from one rollout; returns the new state (the old one's arrays are gone) and the minibatches' mean metrics.
-
-    A loop of Python over minibatches: within lax.scan XLA's gradient of convolutions is ten times slower on a CPU.
-    """
-    state, batch, minibatches = prepare(args, networks, teacher, state, rollout)
-    params, opt_state, metrics = state.params, state.opt_state, []
-    for indices in jax.device_get(minibatches):
-        params, opt_state, found = train_minibatch(args, networks, params, opt_state, batch, indices, distill_coef)
-        metrics.append(found)
-    means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(metrics))
-    return state._replace(params=params, opt_state=opt_state), {f"losses/{name}": x for name, x in means.items()}
+    minibatches = orders.reshape(args.update_epochs * args.num_minibatches, -1)
+    (params, opt_state), metrics = jax.lax.scan(train_minibatch, (state.params, state.opt_state), minibatches)
+    metrics = {f"losses/{name}": values.mean() for name, values in metrics.items()}
+    return TrainState(params, opt_state, return_stats, discounted, key), metrics
 
 
 # ======================================================================================================================
@@ -716,235 +769,196 @@ def update(
 # ======================================================================================================================
 
 SCRIPT = Path(__file__).stem
-FORMAT, VERSION = "proximal-policy-distillation", 2
-CHECKPOINTS = ("checkpoint.msgpack", "checkpoint_previous.msgpack")
+FORMAT = "proximal-policy-distillation 3"
 
 
-def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Writes a file whole or not at all: a killed run leaves no half of it under this name.
-
-    keep: the name under which the file that it replaces stays.
-    """
-    temporary = path.with_name(f".{path.name}.new")  # always the same, so what a killed run left of it goes, too
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, also when the process is killed or the power fails."""
+    temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
         os.replace(temporary, path)
-    except BaseException:  # a full disk, or a signal
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name must reach the disk as well
+    os.close(folder)
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a small file for people and programs."""
+    """Write a small file for people and programs."""
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def save_tree(path: Path, kind: str, tree: dict, keep: Path | None = None) -> None:
-    """Writes plain dicts, lists, strings, numbers and arrays as msgpack, in an envelope with their checksum."""
-    payload = serialization.msgpack_serialize(jax.device_get(tree))
-    envelope = {"format": FORMAT, "version": VERSION, "kind": kind, "sha256": hashlib.sha256(payload).hexdigest()}
-    write_atomic(path, serialization.msgpack_serialize(envelope | {"payload": payload}), keep)
+def save_file(path: Path, about: dict, tree: Any) -> None:
+    """Write a model or a checkpoint: arrays by their path in the tree, and `about` as JSON in the header."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    arrays = {jax.tree_util.keystr(where, simple=True, separator="/"): np.asarray(x) for where, x in leaves}
+    header = {"about": json.dumps({"format": FORMAT} | about)}
+    header["crc32"] = str(zlib.crc32(safetensors.numpy.save(arrays, header)))
+    write_atomic(path, safetensors.numpy.save(arrays, header))
 
 
-def read_tree(path: str | Path, kind: str) -> dict:
-    """Reads a file of save_tree; ValueError if it is missing, cut short, damaged or something else."""
-    wrong = f"{path} is no {kind} file of this project, or is cut short"
+def read_file(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read `about` and the arrays of a file; ValueError if it is missing, cut short, damaged or something else."""
     try:
-        envelope = serialization.msgpack_restore(Path(path).read_bytes())
-        names = ("format", "version", "kind", "sha256", "payload")
-        form, version, found, digest, payload = (envelope[name] for name in names)
-        if form == FORMAT and (version, found) != (VERSION, kind):
-            wrong = f"{path} is a {found!r:.20} file, version {version!r:.20}; needed is {kind!r}, version {VERSION}"
-        elif form == FORMAT and digest != hashlib.sha256(payload).hexdigest():
-            wrong = f"{path} is damaged: its checksum does not match"
-        elif form == FORMAT and isinstance(tree := serialization.msgpack_restore(payload), dict):
-            return tree
-    except OSError as error:
-        wrong = f"cannot read {path}: {error.strerror}"
-    except Exception:  # msgpack raises many kinds for bytes that are not its own
-        pass
-    raise ValueError(wrong)
-
-
-def load_tree(path: str | Path, kind: str) -> dict:
-    """Reads a file of save_tree; ends the program if it is missing, cut short, damaged or something else."""
-    try:
-        return read_tree(path, kind)
-    except ValueError as error:
-        fail(str(error))
-
-
-def check_arrays(what: str, found: Any, expected: Any) -> None:
-    """Raises ValueError unless what a file holds is finite, and of these shapes and types."""
-    describe = partial(jax.tree.map, lambda x: (tuple(x.shape), np.dtype(x.dtype)))
-    if describe(found) != describe(expected):
-        raise ValueError(f"its {what} are not those of the network it describes")
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
-        raise ValueError(f"its {what} are not all finite")
-
-
-def check_model(model: dict, policy: nn.Module, x: jax.ShapeDtypeStruct) -> None:
-    """Raises an exception for a model file that does not hold what it says; x: the policy's input."""
-    about = {"env_id": str, "role": str, "command": str, "evaluation": dict, "args": dict}
-    if wrong := [name for name, kind in about.items() if not isinstance(model[name], kind)]:
-        raise TypeError(f"its {wrong[0]} is of another type")
-    if len(model["network"]["hidden"]) > MAX_LAYERS:
-        raise ValueError(f"it describes {len(model['network']['hidden'])} hidden layers")
-    check_arrays("parameters", model["params"]["policy"], jax.eval_shape(policy.init, jax.random.PRNGKey(0), x))
-    if (stats := model["obs_stats"]) is not None:
-        each, count = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x.shape, ()))
-        check_arrays("observation statistics", stats, {"mean": each, "var": each, "count": count})
-        if stats["var"].min() < 0:
-            raise ValueError("its observations have a negative variance")
-
-
-def load_policy(path: str | Path) -> tuple[dict, Policy, dict]:
-    """Reads a model file: all it holds, its policy network, and that network's parameters."""
-    model = load_tree(path, "model")
-    try:
-        kind, channels, hidden = (model["network"][name] for name in Network._fields)
-        if kind not in ("nature", "impala"):
-            raise ValueError(f"its network is of the kind {kind}")
-        network = Network(kind, tuple(map(int, channels)), tuple(map(int, hidden)))
-        policy, params = Policy(network, int(model["action_dim"])), model["params"]["policy"]
-        check_model(model, policy, jax.ShapeDtypeStruct(tuple(model["observation_shape"]), jnp.uint8))
+        with safetensors.safe_open(path, "numpy") as file:
+            header = {"about": "{}", "crc32": ""} | (file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        about, crc32 = json.loads(header["about"]), header.pop("crc32")
+        if about.get("format") != FORMAT:
+            raise ValueError(f"its format is {about.get('format')!r:.50}, not {FORMAT!r}")
+        if str(zlib.crc32(safetensors.numpy.save(arrays, header))) != crc32:
+            raise ValueError("it is damaged: its checksum does not match")
     except Exception as error:  # of many kinds, for content of any kind
-        fail(f"{path} is no model of a Procgen task: {type(error).__name__} {error}")
-    return model, policy, jax.tree.map(jnp.asarray, params)
+        hint = "; .msgpack files are of an older version" if str(path).endswith(".msgpack") else ""
+        raise ValueError(f"cannot read {path}: {error}{hint}") from None
+    return about, arrays
 
 
-def plain_args(args: Args) -> dict:
-    """The flags as plain values, but not where the run's files lie: that says nothing on another machine."""
-    return json.loads(json.dumps(dataclasses.asdict(args) | {"run_dir": None, "resume": None}))
+def fill(template: Any, arrays: dict[str, np.ndarray], prefix: str) -> Any:
+    """Return the template's tree with a file's arrays; ValueError unless they are finite, of its shapes and types."""
+
+    def leaf(where, x):
+        name = f"{prefix}/{jax.tree_util.keystr(where, simple=True, separator='/')}"
+        found = arrays.get(name)
+        if found is None or (found.shape, found.dtype) != (x.shape, x.dtype) or not np.isfinite(found).all():
+            raise ValueError(f"its {name} is not finite and of the shape {x.shape}")
+        return jnp.array(found)
+
+    return jax.tree_util.tree_map_with_path(leaf, template)
 
 
-def command_line(args: Args) -> str:
-    """The command that repeats this run: task, seed, and every flag of learning that is not its default."""
-    elsewhere = ("env_id", "seed", "device", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity")
-    words = ["python", f"{SCRIPT}.py", "--env-id", args.env_id, "--seed", str(args.seed)]
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if field.name not in elsewhere and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-    return " ".join(words)
+@contextmanager
+def checked(what: str) -> Iterator[None]:
+    """End the program in one line where the content of a file is not what it says."""
+    try:
+        yield
+    except Exception as error:  # of many kinds, for content of any kind
+        fail(f"{what}: {type(error).__name__} {error}")
 
 
-def versions() -> dict[str, str]:
-    """What the run stands on."""
-    return {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
-            "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}
+class Run:
+    """The folder of a run: args.json, progress.csv, TensorBoard's events and checkpoints; --track adds W&B."""
 
+    def __init__(self, args: Args, saved: dict | None):
+        """Begin, or go on from a checkpoint: what was logged after it is dropped, since it will be made again."""
+        self.folder = Path(args.resume or args.run_dir or f"runs/{args.name}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
+        except FileExistsError:  # another run began in this second
+            self.folder = Path(f"{self.folder}_{os.getpid()}")
+            self.folder.mkdir()
+        except OSError as error:
+            fail(f"cannot create {self.folder}: {error.strerror}")
+        command = saved["command"] if saved else shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        self.about = {
+            "env_id": args.env_id, "script": SCRIPT, "command": command,
+            "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
+            "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+                         "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}}
+        write_json(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
-def fingerprint(arrays: Any) -> str:
-    """A checksum by which a teacher is known again."""
-    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(arrays))).hexdigest()
-
-
-def save_checkpoint(
-    folder: Path, args: Args, updates: int, state: TrainState, cursor: Cursor, timing: dict[str, float], log: "Log",
-    teacher: str | None,
-) -> None:
-    """Saves all that --resume needs after this many updates, and keeps the checkpoint before.
-
-    The simulator's own state cannot be saved. teacher: its fingerprint, where there is one.
-    """
-    os.fsync(log.file.fileno())  # rows are on the disk before a checkpoint counts on them
-    save_tree(folder / CHECKPOINTS[0], "checkpoint", {
-        "script": SCRIPT, "args": plain_args(args), "updates": updates, "state": serialization.to_state_dict(state),
-        "finished": list(cursor.finished), "timing": timing, "teacher": teacher}, keep=folder / CHECKPOINTS[1])
-
-
-def check_finite(metrics: dict[str, float], number: int, folder: Path) -> None:
-    """Ends the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
-    bad = [f"{name} = {value}" for name, value in metrics.items() if not np.isfinite(value)]
-    if bad:
-        raise SystemExit(f"error: update {number} gave {bad[0]}; the last good state is {folder / CHECKPOINTS[0]}")
-
-
-def stop(folder: Path, number: int) -> NoReturn:
-    """Ends the program for the signal of this number."""
-    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-    raise SystemExit(128 + number)
-
-
-def progress_bar(args: Args, first: int) -> tqdm:
-    """Counts environment steps; where no terminal shows it, once a minute."""
-    total, done = args.num_updates * args.batch_size, first * args.batch_size
-    interval = 0.5 if sys.stderr.isatty() else 60.0
-    return tqdm(total=total, initial=done, desc=args.env_id, unit=" steps", unit_scale=True, mininterval=interval)
-
-
-class Log:
-    """progress.csv and TensorBoard events in the run's folder; Weights & Biases, where asked for, gets them as well."""
-
-    def __init__(self, folder: Path, args: Args, first_step: int):
-        """first_step: where the run goes on; rows after it, of updates that are made again, are dropped."""
-        path = folder / "progress.csv"
-        if path.exists():
-            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # whole ones
-            steps = [line.split(b",")[0] for line in lines]
-            kept = [line for line, n in zip(lines, steps, strict=True) if not n.isdigit() or int(n) <= first_step]
-            write_atomic(path, b"".join(kept))
+        begin = {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0, "wandb_id": secrets.token_hex(4)}
+        self.logged = saved["logged"] if saved else begin
+        self.batch_size, self.began, self.compiled = args.batch_size, time.time() - self.logged["seconds"], None
+        self.file = open(self.folder / "progress.csv", "a+", newline="")
+        self.file.seek(0)
+        self.sent = max(map(int, re.findall(r"^(\d+),.*\n", self.file.read(), re.MULTILINE)), default=0)
+        self.file.truncate(min(self.file.tell(), self.logged["bytes"]))
+        self.events = EventsWriter(str(self.folder / "events"), f".{os.getpid()}")
+        self.events.write_event(Event(step=self.logged["step"] + 1, session_log=SessionLog(status=SessionLog.START)))
         self.tracker = None
         if args.track:
-            import wandb
+            with checked("--track"):
+                import wandb
 
-            try:
-                self.tracker = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=folder.name,
-                                          resume="allow", config=plain_args(args))
-            except wandb.Error as error:
-                fail(f"--track: {error}")
+                self.tracker = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
+                    config=vars(args), id=self.logged["wandb_id"], resume="allow")
             self.tracker.define_metric("*", step_metric="global_step")
-        self.file = open(path, "a", newline="", buffering=1)
-        self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if args.resume else None)
 
-    def write(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
-        """Logs the metrics of the update that ended at this environment step."""
-        row = {"global_step": step, "seconds": round(seconds, 3)} | metrics
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the update that ended at this environment step; the speed leaves out the first, which compiles."""
+        seconds = time.time() - self.began
+        self.compiled = self.compiled or (step, seconds)
+        steps, elapsed = step - self.compiled[0], seconds - self.compiled[1]
+        sps = steps / elapsed if steps else self.logged["SPS"] or step / seconds
+        row = {"global_step": step, "seconds": round(seconds, 3), "charts/SPS": sps} | metrics
         table = csv.DictWriter(self.file, list(row))
-        if self.file.tell() == 0:
+        if self.file.seek(0, os.SEEK_END) == 0:
             table.writeheader()
         table.writerow(row)
-        known = {name: value for name, value in metrics.items() if np.isfinite(value)}  # no return before an end
-        for name, value in known.items():
-            self.tensorboard.add_scalar(name, value, step)
-        if self.tracker is not None:
-            self.tracker.log(known | {"global_step": step})
+        self.file.flush()
+        finite = {name: float(x) for name, x in row.items() if np.isfinite(x)}  # no return before an episode's end
+        for name, value in finite.items():
+            self.events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self.events.flush()
+        if self.tracker is not None and step > self.sent:  # rows that were sent before a crash are not sent twice
+            self.tracker.log(finite)
+        self.logged |= {"bytes": self.file.tell(), "step": step, "SPS": sps, "seconds": seconds}
+
+    def save(self, updates: int, state: TrainState, finished: deque, teacher: Teacher) -> None:
+        """Save all that --resume needs, but for the simulator's own state, which cannot be saved; two files stay."""
+        os.fsync(self.file.fileno())  # rows are on the disk before a checkpoint counts on them
+        about = {"updates": updates, "finished": list(finished), "logged": self.logged, "teacher": teacher.about}
+        path = self.folder / f"checkpoint_{updates * self.batch_size:012d}.safetensors"
+        save_file(path, self.about | about, {"state": state, "teacher": teacher.arrays})
+        for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
+            old.unlink()
 
     def close(self) -> None:
-        """Writes out what is left."""
+        """Close all files."""
         self.file.close()
-        self.tensorboard.close()
+        self.events.close()
         if self.tracker is not None:
             self.tracker.finish()
 
 
-@contextmanager
-def catch_signals(act: Callable[[int], None] | None = None) -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM, so that the update under way can end; a second ends the program at once.
+def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str]:
+    """Read a run's newest whole checkpoint: flags, all else, arrays, which it is; end the program if there is none."""
+    check, problems = partial(check_type, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS), ""
+    for path in sorted(Path(folder).glob("checkpoint_*.safetensors"), reverse=True):
+        try:
+            about, arrays = read_file(path)
+        except ValueError as error:
+            problems += f"{error}; "
+            continue
+        if about.get("script") != SCRIPT:
+            fail(f"{folder} is a run of {about.get('script')}.py; go on with that script")
+        with checked(f"{folder} was made by another version of {SCRIPT}.py"):
+            flags = {name: tuple(x) if isinstance(x, list) else x for name, x in about["args"].items()}
+            for field in dataclasses.fields(Args):
+                check(flags[field.name], field.type)
+            logged, finished = about["logged"], about["finished"]
+            counts = check([about["updates"], logged["bytes"], logged["step"]], list[int])
+            figures = check([logged["SPS"], logged["seconds"], *finished], list[float])
+            if not all(0 <= n < 10**15 for n in counts) or not np.isfinite(np.array(figures, float)).all():
+                raise ValueError(f"{counts} and {figures[:2]} are no counts and times of a run")
+            check([logged["wandb_id"], about["command"]], list[str])
+            return Args(**flags), about, arrays, f"{problems}going on from {path}"
+    fail(f"{problems}{folder} holds no checkpoint to go on from")
 
-    act: called with the number of the first one, where there is nothing to wait for.
-    """
-    caught: list[int] = []
 
-    def catch(number: int, frame: Any) -> None:
-        caught.append(number)
-        for each in previous:
+def on_signal(act: Callable[[int], None]) -> None:
+    """Call act(number) at the first SIGINT or SIGTERM; a second one ends the program at once."""
+
+    def handle(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        if act is not None:
-            act(number)
+        act(number)
 
-    previous = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def stop(folder: Path, number: int) -> NoReturn:
+    """End the program for the signal of this number."""
+    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 # ======================================================================================================================
@@ -952,33 +966,33 @@ def catch_signals(act: Callable[[int], None] | None = None) -> Iterator[list[int
 # ======================================================================================================================
 
 
-def evaluate(envs: Any, policy_step: Callable) -> np.ndarray:
-    """Returns [N] of one episode in each of N environments: sums of raw rewards, undiscounted.
+def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
+    """Play one episode in each of N environments; returns their sums of raw rewards, undiscounted, mean and deviation.
 
     Each environment's first episode counts, so that short ones do not crowd out long; policy_step is as in `collect`.
+    games: how many different episodes there were, since few things vary in some tasks; a standard error rests on those.
     """
     observations, t = reset(envs), 0
     returns, running = np.zeros(len(observations)), np.ones(len(observations), bool)
+    histories = [0] * len(observations)
     while running.any():
+        histories = [zlib.crc32(x, h) if on else h for x, h, on in zip(observations, histories, running, strict=True)]
         observations, rewards, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
         returns += np.where(running, rewards, 0.0)
         running &= ~ends
         t += 1
     envs.close()
-    return returns
+    return {"mean": float(returns.mean()), "std": float(returns.std()), "games": len(set(histories)),
+            "returns": returns.tolist()}
 
 
-def assess(args: Args, policy: Policy, params: dict) -> dict[str, Any]:
-    """The paper's evaluation of a policy: sampled actions on unseen levels, and apart from them on training levels."""
-    result: dict[str, Any] = {}
-    key = jax.random.PRNGKey(args.seed)
+def assess(args: Args, variant: dict, policy: Policy, params: dict) -> dict[str, Any]:
+    """Evaluate a policy as in the paper: sampled actions on unseen levels, and apart from them on training levels."""
+    key, found = jax.random.PRNGKey(args.seed), []
     for unseen in (True, False):
-        seed, levels = EVAL_SEED + args.seed, (args.start_level, args.num_levels)
-        envs = make_envs(args.env_id, args.eval_episodes, seed, *levels, unseen)
-        returns = evaluate(envs, lambda x, t: act_sampled(policy, params, key, x, t))
-        found = {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
-        result |= found if unseen else {"train_levels": found}
-    return result
+        envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed, variant, unseen)
+        found.append(evaluate(envs, lambda x, t: act_sampled(policy, params, key, x, t)))
+    return found[0] | {"train_levels": found[1]}
 
 
 # ======================================================================================================================
@@ -986,242 +1000,169 @@ def assess(args: Args, policy: Policy, params: dict) -> dict[str, Any]:
 # ======================================================================================================================
 
 
+def find_teacher(args: Args) -> tuple[dict, dict[str, np.ndarray], str]:
+    """Read the file of --teacher, or of the task's shipped teacher; returns what it says, its arrays and its path."""
+    env_id = args.env_id or "CoinrunEasy-v0"
+    path = args.teacher or str(Path(__file__).parent / f"teachers/{env_id}__100.safetensors")
+    if args.env_id or not args.teacher:
+        check_task(env_id)
+    try:
+        about, arrays = read_file(path)
+    except ValueError as error:
+        hint = f"; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file with --teacher"
+        fail(f"{error}{'' if args.teacher else hint}")
+    if args.env_id not in (None, about.get("env_id")):
+        fail(f"{path} is a teacher of {about.get('env_id')}, not of {args.env_id}")
+    return about, arrays, path
+
+
+def make_teacher(about: dict, arrays: dict[str, np.ndarray], path: str) -> Teacher:
+    """Make the policy that a model file describes; end the program if the file is not what it says."""
+    with checked(f"{path} is no model of a Procgen task"):
+        kind, channels, hidden = (about["network"][name] for name in Network._fields)
+        first, levels = (check_type(about["variant"][name], int) for name in ("start_level", "num_levels"))
+        if kind not in ("nature", "impala") or len(channels) != 3:
+            raise ValueError(f"its network is of the kind {kind}, with {len(channels)} convolutions or stages")
+        if not 0 <= first <= 10**9 or not 1 <= levels <= 10**9:
+            raise ValueError(f"its task was played with {about['variant']}")
+        policy = Policy(Network(kind, tuple(channels), tuple(hidden[:MAX_LAYERS])), about["action_dim"])
+        x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.uint8)
+        params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, "policy")
+        check_task(about["env_id"])
+        if (found := (about["observation_shape"], policy.num_actions)) != (needed := task_shape(about["env_id"])):
+            fail(f"{path} is for observations and actions of {found}; those of {about['env_id']} are {needed}")
+    return Teacher(about, arrays, policy, params)
+
+
 def corrupt(params: dict, std: float, seed: int) -> dict:
-    """An imperfect teacher (section 4.2): adds Gaussian noise of this standard deviation to every parameter."""
+    """Make an imperfect teacher (section 4.2): add Gaussian noise of this standard deviation to every parameter."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
     return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
 
 
 def distill_coef_at(args: Args, fraction: float) -> float:
-    """λ at this fraction of the run, from 0 at its first update to 1 at its last: constant, or linear."""
+    """Return λ at this fraction of the run, from 0 at its first update to 1 at its last: constant, or linear."""
     final = args.distill_coef if args.distill_coef_final is None else args.distill_coef_final
     return args.distill_coef + fraction * (final - args.distill_coef)
 
 
-def choose_device(device: str) -> None:
-    """Settles where the networks run, before JAX first computes."""
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # acting is waited for: handing it over only costs time
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
+def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> None:
+    """End the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a flag's type."""
-    options = get_args(kind)
-    if get_origin(kind) is Literal:
-        return value in options
-    if get_origin(kind) is tuple:
-        alike = isinstance(value, tuple) and all(fits(x, options[0]) for x in value)
-        return alike and (options[-1] is ... or len(value) == len(options))
-    if options:
-        return any(fits(value, option) for option in options)
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def change_args(args: Args, flags: dict) -> Args:
-    """The flags of a file; raises an exception for one that is unknown, missing or of another type."""
-    if missing := [field.name for field in dataclasses.fields(args) if field.name not in flags]:
-        raise KeyError(missing[0])  # of a run before there was this flag, which its default might change
-    args = dataclasses.replace(args, **{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
-    for field in dataclasses.fields(args):
-        if not fits(getattr(args, field.name), field.type):
-            raise TypeError(f"{field.name} is {getattr(args, field.name)!r}")
-    return args
-
-
-def restore(args: Args) -> tuple[Args, dict | None]:
-    """With --resume: the flags and the newest whole checkpoint of that run, wherever its folder has moved to."""
-    if args.resume is None:
-        return args, None
-    newest, previous = (Path(args.resume, name) for name in CHECKPOINTS)
-    try:
-        saved = read_tree(newest, "checkpoint")
-    except ValueError as error:
-        if not previous.exists():
-            fail(str(error))
-        saved = load_tree(previous, "checkpoint")
-        print(f"{error}; going on from {previous}", file=sys.stderr)
-    if saved.get("script") != SCRIPT:
-        fail(f"{args.resume} is a run of {saved.get('script')}.py; go on with that script")
-    try:
-        if type(saved["updates"]) is not int or saved["updates"] < 0:
-            raise TypeError(f"updates is {saved['updates']!r}")
-        return change_args(Args(), saved["args"] | {"resume": args.resume, "device": args.device}), saved
-    except Exception as error:  # as in load_policy
-        fail(f"{args.resume} was made by another version of {SCRIPT}.py ({type(error).__name__} {error})")
-
-
-def restore_state(args: Args, saved: dict, state: TrainState, cursor: Cursor, teacher: str | None) -> TrainState:
-    """What a checkpoint has in place of a fresh state and of no returns; ends the program if that is of another run.
-
-    teacher: the fingerprint of this run's, where there is one.
-    """
-    try:
-        found = serialization.from_state_dict(state, saved["state"])
-        check_arrays("arrays", found, state)
-        cursor.finished.extend(map(float, saved["finished"]))
-        timing, known = saved["timing"], saved["teacher"]
-        if saved["updates"] > args.num_updates or not all(fits(timing[name], float) for name in ("SPS", "seconds")):
-            raise ValueError(f"update {saved['updates']} of {args.num_updates}, {timing}")
-    except Exception as error:  # as in load_policy
-        fail(f"{args.resume} holds no state of this run: {type(error).__name__} {error}")
-    if known != teacher:
-        fail(f"the teacher is not the one that {args.resume} began with; put its file back, or begin another run")
-    return jax.tree.map(jnp.array, found)
-
-
-def inherit(args: Args, names: tuple[str, ...], model: dict, path: Path) -> Args:
-    """The flags, and where these are not given, those of the teacher, on whose task it learned."""
-    try:
-        known = {name: operator.index(model["args"][name]) for name in names if getattr(args, name) is None}
-    except (KeyError, TypeError) as error:
-        fail(f"{path} does not say how its task was played: {type(error).__name__} {error}")
-    return dataclasses.replace(args, **known)
-
-
-def load_teacher(args: Args) -> tuple[Args, Policy, dict]:
-    """The teacher's network and its parameters; the task, where no flag names it, is the teacher's."""
-    if args.env_id is None and args.teacher is None:
-        args = dataclasses.replace(args, env_id="CoinrunEasy-v0")
-    if args.env_id is not None:
-        check_task(args.env_id)
-    path = Path(args.teacher or Path(__file__).parent / "teachers" / f"{args.env_id}__100.msgpack")
-    if args.teacher is None and not path.exists():
-        fail(f"no teacher of {args.env_id} is shipped; train one with `python train_teacher.py --env-id {args.env_id}` "
-             "and name its file with --teacher")
-    model, policy, teacher = load_policy(path)
-    if args.env_id not in (None, model["env_id"]):
-        fail(f"{path} is a teacher of {model['env_id']}, not of {args.env_id}")
-    if args.env_id is None:
-        check_task(model["env_id"])
-    if (found := (list(model["observation_shape"]), policy.num_actions)) != (needed := task_shape(model["env_id"])):
-        fail(f"{path} is for observations and actions of {found}; those of {model['env_id']} are {needed}")
-    args = inherit(args, ("start_level", "num_levels"), model, path)
-    return dataclasses.replace(args, env_id=model["env_id"]), policy, teacher
-
-
-def make_folder(args: Args) -> Path:
-    """Creates the run's folder, with args.json in it."""
-    name = f"{args.env_id}__{SCRIPT}__{args.student_size}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or args.run_dir or f"runs/{name}")
-    if args.resume is None:
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            fail(f"cannot create {folder}: {error.strerror}")
-        write_json(folder / "args.json", dataclasses.asdict(args) | {"versions": versions()})
-    return folder
-
-
-def describe(evaluation: dict) -> str:
-    """One line about an evaluation."""
-    levels = evaluation["train_levels"]
-    return (f"{evaluation['mean']:>10.1f} ± {evaluation['std']:.1f} ({len(evaluation['returns'])} episodes; "
-            f"{levels['mean']:.1f} ± {levels['std']:.1f} on training levels)")
+def resume(args: Args) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read the checkpoint that --resume names; end the program where a flag contradicts the run's."""
+    flags, saved, arrays, note = load_checkpoint(args.resume)
+    for name, value in vars(flags).items():
+        if name not in RESUMABLE and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+    if args.total_timesteps < flags.total_timesteps:
+        fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {flags.total_timesteps}")
+    return saved | {"note": note}, arrays
 
 
 def finish(
-    args: Args, networks: Networks, state: TrainState, teacher: dict, original: dict, folder: Path, timing: dict
+    args: Args, run: Run, players: dict, params: dict, teacher: Teacher, variant: dict
 ) -> dict[str, float]:
-    """Evaluates student and teacher on the same games, writes student.msgpack and results.json, prints the outcome.
+    """Evaluate all players on the same games, write student.safetensors and results.json, and print the outcome.
 
-    teacher: as it taught; original: as it was before noise. Returns each one's mean, their ratio and the timing.
+    players: policy and parameters by name; params: of the student's policy and value. Returns the means and the ratio.
     """
-    players = {"student": (networks.policy, state.params["policy"]), "teacher": (networks.teacher, original)}
-    if args.teacher_noise_std:
-        players["corrupted_teacher"] = (networks.teacher, teacher)
-    evaluations = {name: assess(args, *player) for name, player in players.items()}
-    numbers = {name: x["mean"] for name, x in evaluations.items()} | timing
-    numbers["ratio"] = numbers["student"] / numbers["teacher"] if numbers["teacher"] > 0 else float("nan")
-
-    network = {name: list(x) if isinstance(x, tuple) else x for name, x in args.network._asdict().items()}
-    about = {"env_id": args.env_id, "script": SCRIPT, "network": network, "args": plain_args(args),
-             "command": command_line(args), "versions": versions()}
-    ratio = {"ratio": numbers["ratio"] if numbers["teacher"] > 0 else None}  # of what is negative it would say nothing
-    save_tree(folder / "student.msgpack", "model", about | {
-        "role": "student", "action_dim": networks.policy.num_actions, "observation_shape": list(OBSERVATION_SHAPE),
-        "params": state.params, "obs_stats": None, "evaluation": evaluations["student"]})
-    write_json(folder / "results.json", about | timing | ratio | evaluations)
-    for name, evaluation in evaluations.items():
-        print(f"{name.replace('_', ' '):<18} {describe(evaluation)}")
-    print(f"{'student / teacher':<18} {numbers['ratio']:>10.3f}")
-    print(f"{'steps per second':<18} {timing['SPS']:>10.0f}")
-    print(f"{'files':<18} {folder}")
+    results = {name: assess(args, variant, *player) for name, player in players.items()}
+    numbers = {name: found["mean"] for name, found in results.items()}
+    ratio = numbers["student"] / numbers["teacher"] if numbers["teacher"] > 0 else None  # of losses it says nothing
+    numbers |= {"ratio": math.nan if ratio is None else ratio} | {name: run.logged[name] for name in ("SPS", "seconds")}
+    network = args.network._asdict()
+    model = {"role": "student", "network": network, "variant": variant, "evaluation": results["student"]}
+    save_file(run.folder / "student.safetensors", teacher.about | run.about | model, params)
+    write_json(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)
+    for name, found in results.items():
+        levels = f"; {found['train_levels']['mean']:,.1f} on training levels"
+        print(f"{name.replace('_', ' '):<18} {found['mean']:>10,.1f} ± {found['std']:,.1f} "
+              f"({args.eval_episodes} episodes, {found['games']} of them different{levels})")
+    for name in ("ratio", "SPS", "seconds"):
+        print(f"{name:<18} {numbers[name]:>10,.3f}")
+    print(f"{'files':<18} {run.folder}")
     return numbers
 
 
 def main(args: Args) -> dict[str, float]:
-    """Distils a student and evaluates it beside its teacher; returns the single numbers of results.json."""
-    choose_device(args.device)
-    args, saved = restore(args)
-    args, teacher_policy, original = load_teacher(args)
-    args = resolve(args)
-    teacher = corrupt(original, args.teacher_noise_std, args.teacher_noise_seed)
-    first, known = saved["updates"] if saved else 0, fingerprint(original)
+    """Distil a student and evaluate it beside its teacher; returns the single numbers of results.json."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # acting is waited for: handing it over only costs time
+    with suppress(RuntimeError):  # a process that has computed already has its devices
+        jax.config.update("jax_num_cpu_devices", args.num_devices or count_cores())
+    if args.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    saved, arrays = resume(args) if args.resume else (None, {})
+    own = {name[len("teacher/"):]: x for name, x in arrays.items() if name.startswith("teacher/")}
+    teacher = make_teacher(*((saved.get("teacher"), own, args.resume) if saved else find_teacher(args)))
+    args = resolve(dataclasses.replace(args, env_id=teacher.about["env_id"]))
+    flags = {name: getattr(args, name) for name in ("start_level", "num_levels")}
+    variant = teacher.about["variant"] | {name: value for name, value in flags.items() if value is not None}
+    taught = corrupt(teacher.params, args.teacher_noise_std, args.teacher_noise_seed)
+
+    first = saved["updates"] if saved else 0
     seed = (args.seed + first * args.num_envs) % EVAL_SEED  # going on, it plays new games
-    envs = make_envs(args.env_id, args.num_envs, seed, args.start_level, args.num_levels)
-    networks = Networks(Policy(args.network, teacher_policy.num_actions), Value(args.network), teacher_policy)
+    envs = make_envs(args.env_id, args.num_envs, seed, variant)
+    networks = Networks(Policy(args.network, teacher.policy.num_actions), Value(args.network), teacher.policy)
     state, cursor = init_state(args, networks), start(envs)
     if saved:
-        state = restore_state(args, saved, state, cursor, known)
+        with checked(f"{args.resume} holds no state of this run"):
+            state = fill(state, arrays, "state")
         state = state._replace(discounted=jnp.zeros(args.num_envs))  # its episodes are gone with the simulator
+        cursor.finished.extend(saved["finished"])
 
-    folder = make_folder(args)
-    log = Log(folder, args, first * args.batch_size)
-    timing = saved["timing"] if saved else {"SPS": 0.0, "seconds": 0.0}
-    began = compiled = time.time()
-    before = timing["seconds"]
-    if not saved:
-        save_checkpoint(folder, args, 0, state, cursor, timing, log, known)
-    with closing(log), progress_bar(args, first) as bar, catch_signals() as signals:
-        for number in range(first + 1, args.num_updates + 1):
+    run, signals = Run(args, saved), []
+    if saved:
+        print(saved["note"], file=sys.stderr)
+    bar = trange(first + 1, args.num_updates + 1, initial=first, total=args.num_updates, desc=args.env_id,
+                 unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
+    with closing(run), bar:
+        if not saved:
+            run.save(0, state, cursor.finished, teacher)
+        on_signal(signals.append)
+        for iteration in bar:
+            # Collect
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, networks.policy.num_actions))
-            policy_step = partial(act, networks.policy, state.params["policy"], noise)
+            policy_step = partial(act, args.num_devices, networks.policy, state.params["policy"], noise)
             rollout = collect(envs, cursor, policy_step, args.num_steps)
-            distill_coef = distill_coef_at(args, (number - 1) / max(1, args.num_updates - 1))
-            state, metrics = update(args, networks, teacher, state._replace(key=key), rollout, distill_coef)
-            check_finite(metrics, number, folder)
 
-            now, steps = time.time(), number * args.batch_size
-            if number == first + 1:  # which compiled: the speed is that of the updates after it, or of the run before
-                timing["SPS"], compiled = timing["SPS"] or args.batch_size / (now - began), now
-            else:
-                timing["SPS"] = (number - first - 1) * args.batch_size / (now - compiled)
-            timing["seconds"] = before + now - began
-            episodic_return = float(np.mean(cursor.finished)) if cursor.finished else float("nan")
-            charts = {"charts/episodic_return": episodic_return, "charts/SPS": timing["SPS"]}
-            log.write(steps, timing["seconds"], charts | metrics)
+            # Update
+            distill_coef = distill_coef_at(args, (iteration - 1) / max(1, args.num_updates - 1))  # PPD
+            state, metrics = update(args, networks, taught, state._replace(key=key), rollout, distill_coef)
+            metrics = {name: float(value) for name, value in metrics.items()}
+            check_finite(metrics, iteration, run.folder)
+
+            # Log
+            episodic_return = np.mean(cursor.finished) if cursor.finished else math.nan
+            run.log(iteration * args.batch_size, {"charts/episodic_return": episodic_return} | metrics)
             bar.set_postfix_str(f"return {episodic_return:.0f}, KL {metrics['losses/teacher_kl']:.3f}", refresh=False)
-            bar.update(args.batch_size)
-            if (last := number == args.num_updates or bool(signals)) or number % args.checkpoint_every == 0:
-                save_checkpoint(folder, args, number, state, cursor, timing, log, known)
-            if last and signals:
-                stop(folder, signals[0])
-    with catch_signals(partial(stop, folder)):
-        envs.close()
-        return finish(args, networks, state, teacher, original, folder, timing)
+
+            # Save
+            interrupted = bool(signals)
+            if interrupted or iteration % args.checkpoint_every == 0 or iteration == args.num_updates:
+                run.save(iteration, state, cursor.finished, teacher)
+            if interrupted:
+                stop(run.folder, signals[0])
+    on_signal(partial(stop, run.folder))
+    if signals:  # one that came while the last checkpoint was saved
+        stop(run.folder, signals[0])
+    envs.close()
+    params = jax.device_get(state.params)
+    players = {"student": (networks.policy, params["policy"]), "teacher": (teacher.policy, teacher.params)}
+    if args.teacher_noise_std:
+        players["corrupted_teacher"] = (teacher.policy, taught)
+    return finish(args, run, players, params, teacher, variant)
 
 
-def program() -> None:
-    """The command line's program: a file that cannot be written ends it in one line, with exit code 1.
-
-    It ends there and then, since what Python would still write at its exit would fail as well.
-    """
-
-    def give_up(error: BaseException) -> NoReturn:
-        with tqdm.external_write_mode(sys.stderr):  # in place of the progress bar
-            print(f"error: {error}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
-            os._exit(1)
-
-    threading.excepthook = lambda failure: give_up(failure.exc_value)  # a thread writes TensorBoard's events
+if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:  # before training
         raise SystemExit(130) from None
-    except OSError as error:
-        give_up(error)
-
-
-if __name__ == "__main__":
-    program()
+    except OSError as error:  # a full disk
+        raise SystemExit(f"error: {error}; go on from the last checkpoint with --resume") from None

@@ -1,4 +1,4 @@
-"""Trains a teacher with PPO on Atari, MuJoCo or Procgen: the expert that Proximal Policy Distillation (PPD) needs.
+"""Train a teacher with PPO on Atari, MuJoCo or Procgen: the expert that Proximal Policy Distillation (PPD) needs.
 
     python train_teacher.py --env-id Hopper-v4 --seed 100
 
@@ -12,25 +12,49 @@ of the teacher; rewards, in training only, by the running standard deviation of 
 et al. 2017, with the hyperparameters of Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), A.2.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax==0.10.2; python_version < '3.12'",
+#   "jax==0.11.2; python_version >= '3.12'",
+#   "envpool==1.2.5; python_version < '3.12'",
+#   "envpool==1.2.7; python_version >= '3.12'",
+#   "distrax==0.1.9",
+#   "flax==0.12.8",
+#   "gymnasium==1.3.0",
+#   "numpy==2.4.6",
+#   "optax==0.2.8",
+#   "safetensors==0.8.0",
+#   "tensorboardX==2.6.5",
+#   "tfp-nightly==0.26.0.dev20261027",
+#   "tqdm==4.67.1",
+#   "typeguard==4.6.1",
+#   "tyro==1.0.17",
+# ]
+# ///
+
 import csv
 import dataclasses
 import difflib
-import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
+import re
+import secrets
+import shlex
 import signal
 import sys
-import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import distrax
 import flax
@@ -39,10 +63,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.numpy
 import tyro
-from flax import serialization
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+from tqdm import trange
+from typeguard import CollectionCheckStrategy, check_type
 
 # ======================================================================================================================
 # Arguments
@@ -64,34 +91,43 @@ CONVOLUTIONAL = {
 }
 NETWORKS = {
     "atari": CONVOLUTIONAL,
-    "mujoco": {name: Network("mlp", (), hidden)
-               for name, hidden in {"smaller": (128, 64), "same": (256, 256), "larger": (512, 512)}.items()},
+    "mujoco": {"smaller": Network("mlp", (), (128, 64)), "same": Network("mlp", (), (256, 256)),
+               "larger": Network("mlp", (), (512, 512))},
     "procgen": CONVOLUTIONAL,
 }
 
 
-class Variant(NamedTuple):
-    """How a task is played."""
-
-    frame_skip: int | None  # Atari
-    start_level: int | None  # Procgen
-    num_levels: int | None  # Procgen
-    contact_forces: bool | None = None  # Humanoid
-
-
 @dataclass(frozen=True)
-class Task:
-    """What is learned, and where."""
+class Args:
+    """All flags."""
 
+    # Task
     env_id: str = "Hopper-v4"
-    """task, by envpool's name: an Atari game (Pong-v5, ...), a Gym MuJoCo task (Hopper-v4, ...) or a Procgen game
-    (CoinrunEasy-v0, ...)"""
+    """task, by envpool's name: an Atari game (Pong-v5, ...), one of Gym's MuJoCo tasks (Hopper-v4, ...) or a Procgen
+    game (CoinrunEasy-v0, ...)"""
+    frame_skip: int = 4
+    """Atari: frames for which each action is repeated; the paper's text says 1, its code and scores 4"""
+    repeat_action_probability: float = 0.0
+    """Atari: probability that the last action is repeated instead (sticky actions; ALE's v5 tasks have 0.25)"""
+    start_level: int = 0
+    """Procgen: first level to learn on"""
+    num_levels: int = 200
+    """Procgen: levels to learn on; all later ones are for the test"""
+    contact_forces: bool = True
+    """Humanoid: observe contact forces, as in Gym; envpool's own default leaves zeros"""
     seed: int = 100
-    """seed of networks, actions, minibatches and environments (the paper's: 100, 200, 300, 400, 500); environment i
-    takes seed + i, so seeds of one study should lie further apart than --num-envs and --eval-episodes"""
+    """seed of everything (the paper's: 100, 200, 300, 400, 500); environment i takes seed + i, so seeds of one study
+    should lie further apart than --num-envs and --eval-episodes"""
     total_timesteps: int | None = None
-    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count, as everywhere; the paper's:
-    10 million, but 30 on Procgen"""
+    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count; the paper's: 10 million, but
+    30 on Procgen"""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """where the networks run; gpu is an error where there is none"""
+    num_devices: int | None = None
+    """devices that share the networks' work, a divisor of --num-envs and of the minibatch; by default all GPUs, all
+    cores of a CPU for images, or one for states"""
+
+    # Teacher
     size: Literal["smaller", "same", "larger"] = "same"
     """networks of policy and value: same is the paper's for teachers, an MLP of 256-256 units (MuJoCo) or IMPALA-CNN
     with 16, 32, 32 filters and 256 units; smaller and larger are its students'"""
@@ -99,22 +135,8 @@ class Task:
     """filters of the three convolutions (Nature-CNN) or stages (IMPALA-CNN); overrides --size"""
     hidden: tuple[int, ...] | None = None
     """widths of the hidden layers; overrides --size"""
-    frame_skip: int = 4
-    """frames for which each action is repeated (Atari); the paper's text says 1, its code and scores 4"""
-    start_level: int = 0
-    """first level to learn on (Procgen)"""
-    num_levels: int = 200
-    """levels to learn on (Procgen); all later ones are for the test"""
-    contact_forces: bool | None = None
-    """observe contact forces (Humanoid), as in Gym, by default; envpool's own default gives zeros"""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """where the networks run, also of a resumed run; gpu is an error where there is none"""
 
-
-@dataclass(frozen=True)
-class PPO:
-    """Proximal policy optimisation."""
-
+    # PPO
     learning_rate: float = 3e-4
     """step size of Adam, constant"""
     num_envs: int = 18
@@ -138,15 +160,11 @@ class PPO:
     max_grad_norm: float = 0.5
     """largest global norm of the gradient, policy and value together"""
 
-
-@dataclass(frozen=True)
-class Output:
-    """What a run leaves behind."""
-
+    # Output
     run_dir: str | None = None
     """folder of the run; by default runs/{env_id}__{script}__{seed}__{unix_time}"""
     resume: str | None = None
-    """folder of an interrupted run to go on with; all other flags but --device are then that run's"""
+    """folder of a run to go on with; its flags are the run's, but a larger --total-timesteps extends it"""
     checkpoint_every: int = 50
     """updates between checkpoints"""
     eval_episodes: int | None = None
@@ -159,22 +177,16 @@ class Output:
     wandb_entity: str | None = None
     """team to log to"""
 
-
-@dataclass(frozen=True)
-class Args(Output, PPO, Task):
-    """All flags; the command line groups them by the classes above."""
-
     @property
     def network(self) -> Network:
         """The networks of policy and value (appendix A.2)."""
-        network = NETWORKS[suite_of(self.env_id)][self.size]
-        channels = network.channels if self.channels is None else self.channels
-        return Network(network.kind, channels, network.hidden if self.hidden is None else self.hidden)
+        kind, channels, hidden = NETWORKS[suite_of(self.env_id)][self.size]
+        return Network(kind, self.channels or channels, hidden if self.hidden is None else self.hidden)
 
     @property
-    def variant(self) -> Variant:
-        """How the task is played."""
-        return Variant(self.frame_skip, self.start_level, self.num_levels, self.contact_forces)
+    def name(self) -> str:
+        """What the run is called."""
+        return f"{self.env_id}__{SCRIPT}__{self.seed}__{int(time.time())}"
 
     @property
     def batch_size(self) -> int:
@@ -193,36 +205,38 @@ PAPER = {
     "mujoco": {"total_timesteps": 10_000_000, "num_steps": 512, "ent_coef": 0.0, "eval_episodes": 50},
     "procgen": {"total_timesteps": 30_000_000, "num_steps": 512, "ent_coef": 0.01, "eval_episodes": 200},
 }
-PAPER_TASKS = {"Hopper": {"num_steps": 256, "ent_coef": 0.01}, "Swimmer": {"num_steps": 256, "ent_coef": 0.01},
-               "Humanoid": {"contact_forces": True}, "HumanoidStandup": {"contact_forces": True}}
+PAPER_TASKS = {"Hopper": {"num_steps": 256, "ent_coef": 0.01}, "Swimmer": {"num_steps": 256, "ent_coef": 0.01}}
 
-# Flags that must lie in a range, both ends included
+# Smallest and largest value of a flag
 RANGES = {
     "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
-    "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "eval_episodes": (1, 10**5), "seed": (0, 10**9 - 1),
-    "learning_rate": (0, 1e3), "gamma": (0, 1), "gae_lambda": (0, 1),
-    "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
-    "frame_skip": (1, 100), "start_level": (0, 10**9), "num_levels": (1, 10**9),
+    "num_devices": (1, 10**4), "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "seed": (0, 10**9 - 1),
+    "eval_episodes": (1, 10**5), "learning_rate": (0, 1e3), "gamma": (0, 1), "gae_lambda": (0, 1), "clip_coef": (0, 1),
+    "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9), "frame_skip": (1, 100),
+    "repeat_action_probability": (0, 1), "start_level": (0, 10**9), "num_levels": (1, 10**9),
 }
 MAX_LAYERS = 64
+RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
+             "wandb_project_name", "wandb_entity")  # flags that may change when a run goes on
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the program for bad input: one line on stderr, exit code 2."""
+    """End the program for bad input: one line on stderr, exit code 2."""
     print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
     raise SystemExit(2)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line; every class that `Args` inherits from is a group of flags."""
-    groups = [(base.__name__, base, dataclasses.field(default_factory=base)) for base in reversed(Args.__bases__)]
-    form = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("Groups", groups, frozen=True)]
-    parsed = tyro.cli(form, args=argv, description=__doc__)
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    """Read the command line; with --resume, flags that are not given are the run's own."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.resume is None:
+        return args
+    run = dataclasses.replace(load_checkpoint(args.resume)[0], resume=args.resume)
+    return tyro.cli(Args, args=argv, description=__doc__, default=run)
 
 
 def resolve(args: Args) -> Args:
-    """Fills in the task's defaults; ends the program for flags that cannot work, before anything is written."""
+    """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
     suite = suite_of(args.env_id)
     paper = PAPER[suite] | PAPER_TASKS.get(args.env_id.split("-")[0], {})
     args = dataclasses.replace(args, **{name: value for name, value in paper.items() if getattr(args, name) is None})
@@ -230,19 +244,27 @@ def resolve(args: Args) -> Args:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    if args.contact_forces is not None and not args.env_id.startswith("Humanoid"):
-        fail(f"--contact-forces is for Humanoid, not for {args.env_id}")
-    if suite == "mujoco" and args.channels is not None:
-        fail(f"--channels is for networks of images; {args.env_id} has states")
     layers = args.network.channels + args.network.hidden
     if not 1 <= len(args.network.hidden) <= MAX_LAYERS or not all(1 <= width <= 65_536 for width in layers):
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers, and all of 1 to 65536 units, not {layers}")
+    if suite == "mujoco" and args.channels is not None:
+        fail(f"--channels is for networks of images; {args.env_id} has states")
+    if not args.contact_forces and not args.env_id.startswith("Humanoid"):
+        fail(f"--no-contact-forces is for Humanoid, not for {args.env_id}")
     if args.num_minibatches is None:
         divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
         args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
     if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
              f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
+    samples, found = args.batch_size // args.num_minibatches, len(jax.devices())
+    if args.num_devices is None:
+        shared = math.gcd(args.num_envs, samples)
+        most = 1 if suite == "mujoco" and jax.default_backend() == "cpu" else found
+        args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if shared % n == 0))
+    if args.num_devices > found or args.num_envs % args.num_devices or samples % args.num_devices:
+        fail(f"--num-devices {args.num_devices} must divide {args.num_envs} environments and a minibatch of {samples} "
+             f"samples; JAX finds {found} devices")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -256,8 +278,12 @@ def resolve(args: Args) -> Args:
 # Environments
 # ======================================================================================================================
 
+EVAL_SEED = 10**9  # added to the seed of the environments in evaluation
 SUITES = {"envpool.atari": "atari", "envpool.mujoco.gym": "mujoco", "envpool.procgen": "procgen"}
-EVAL_SEED = 10**9  # what evaluation adds to the seed of its environments, so that it plays other games than training
+VARIANTS = {  # how a task is played: the flags of each suite that a model file keeps
+    "atari": {"frame_skip": int, "repeat_action_probability": float}, "mujoco": {"contact_forces": bool},
+    "procgen": {"start_level": int, "num_levels": int},
+}
 
 # Scores of a random and of a human player (Badia et al. 2020), for human-normalised scores
 HUMAN = {
@@ -267,8 +293,13 @@ HUMAN = {
 }
 
 
+def count_cores() -> int:
+    """Return how many cores of the CPU this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def import_envpool() -> Any:
-    """Imports envpool only when it is needed: that is slow, and fails where a system library is missing."""
+    """Import envpool only when it is needed: that is slow, and fails where a system library is missing."""
     try:
         import envpool
     except ImportError as error:
@@ -277,7 +308,7 @@ def import_envpool() -> Any:
 
 
 def suite_of(env_id: str) -> str:
-    """The suite of a task: atari, mujoco or procgen; ends the program for other tasks, naming those like it."""
+    """Return a task's suite, atari, mujoco or procgen; end the program for other tasks, naming those like it."""
     specs = import_envpool().registration.registry.specs  # of each task by name: the module it lies in, and more
     known = {name: SUITES[module] for name, (module, *_) in specs.items() if module in SUITES}
     if env_id not in known:
@@ -289,28 +320,25 @@ def suite_of(env_id: str) -> str:
 Split = Literal["training", "evaluation", "train_levels"]
 
 
-def task_options(env_id: str, split: Split, variant: Variant) -> dict[str, Any]:
-    """envpool's options for a split of a task.
+def make_envs(env_id: str, num_envs: int, seed: int, variant: dict, split: Split, **options: Any) -> Any:
+    """Make vectorised environments; the seed is given here because envpool ignores reset(seed=).
 
     Atari: 84x84 grey images, the last four of them; a game ends after half an hour, 108,000 frames; in training a lost
     life ends an episode, but not the game. Procgen: 64x64 coloured images of num_levels levels from start_level on, but
-    in evaluation of all later ones; train_levels evaluates on those of training. Humanoid: without contact forces the
-    84 numbers that give them in an observation are 0, as they are in envpool's Humanoid-v4 unless it is told otherwise.
+    in evaluation of all later ones; train_levels evaluates on those of training. A few unseen levels look like one of
+    training: they differ in their seeds. Humanoid: without contact forces 84 of its observations are 0. options: more
+    of envpool's own.
     """
-    suite, (frame_skip, first, levels, contact_forces) = suite_of(env_id), variant
+    suite = suite_of(env_id)
     if suite == "atari":
-        return {"frame_skip": frame_skip, "max_episode_steps": 108_000 // frame_skip,
-                "episodic_life": split == "training"}
-    if suite == "procgen" and split == "evaluation":
-        return {"start_level": first + levels, "num_levels": 2**31 - 1 - first - levels}
+        limit = 108_000 // variant["frame_skip"]
+        options |= variant | {"max_episode_steps": limit, "episodic_life": split == "training"}
     if suite == "procgen":
-        return {"start_level": first, "num_levels": levels}
-    return {"post_constraint": bool(contact_forces)} if env_id.startswith("Humanoid") else {}
-
-
-def make_envs(env_id: str, num_envs: int, seed: int, split: Split, variant: Variant) -> Any:
-    """Vectorised environments; the seed is given here because envpool ignores reset(seed=)."""
-    options = task_options(env_id, split, variant)
+        first, levels = variant["start_level"], variant["num_levels"]
+        unseen = {"start_level": first + levels, "num_levels": 2**31 - 1 - first - levels}
+        options |= unseen if split == "evaluation" else variant
+    if env_id.startswith("Humanoid"):
+        options |= {"post_constraint": variant["contact_forces"]}
     try:
         return import_envpool().make_gymnasium(env_id, num_envs=num_envs, seed=seed, **options)
     except ImportError:
@@ -318,17 +346,17 @@ def make_envs(env_id: str, num_envs: int, seed: int, split: Split, variant: Vari
 
 
 def as_stored(observations: np.ndarray) -> np.ndarray:
-    """States [N, D] as float32; images [N, C, H, W] stay uint8."""
+    """Return states [N, D] as float32; images [N, C, H, W] stay uint8."""
     return observations if observations.dtype == np.uint8 else observations.astype(np.float32)
 
 
 def reset(envs: Any) -> np.ndarray:
-    """The first observations of all environments."""
+    """Reset all environments; returns their first observations."""
     return as_stored(envs.reset()[0])
 
 
 def step(envs: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Observations, and rewards, terminations, truncations and ends of whole games, [N] each.
+    """Step all environments; returns observations, rewards, terminations, truncations and ends of games, [N].
 
     actions: [N] int32, or [N, A] of any size: what lies beyond the bounds is clipped here and nowhere else. On Atari a
     lost life is a termination, but no end of the game; nor is it the end to have no life left.
@@ -362,16 +390,16 @@ class Rollout(NamedTuple):
 
 
 def start(envs: Any) -> Cursor:
-    """Resets all environments."""
+    """Reset all environments; returns where they stand."""
     observations = reset(envs)
     return Cursor(observations, np.zeros(len(observations), bool), np.zeros(len(observations)), deque(maxlen=100))
 
 
 def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) -> Rollout:
-    """Steps the N environments `num_steps` times with the actions that policy_step(observations, t) gives.
+    """Step the N environments `num_steps` times with the actions that policy_step(observations, t) gives.
 
     envpool resets on the step after an episode's end: that step ignores its action and gives the reset observation with
-    reward 0. It is no transition of the task; such phantoms are marked, and have weight 0 wherever they could count.
+    reward 0. It is no transition of the task. Such phantoms are marked, and weigh 0 wherever they could count.
     """
     observations = np.empty((num_steps + 1, *cursor.observations.shape), cursor.observations.dtype)
     rewards = np.empty((num_steps, len(cursor.dones)), np.float32)
@@ -384,9 +412,8 @@ def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) ->
         observations[t + 1], rewards[t], terminations[t], truncations[t], ends = step(envs, actions[t])
         np.logical_or(terminations[t], truncations[t], out=cursor.dones)
         cursor.returns[:] += rewards[t]
-        if ends.any():
-            cursor.finished.extend(cursor.returns[ends])
-            cursor.returns[ends] = 0.0
+        cursor.finished.extend(cursor.returns[ends])
+        cursor.returns[ends] = 0.0
     cursor.observations[:] = observations[-1]
     return Rollout(observations, np.stack(actions), rewards, terminations, truncations, phantoms)
 
@@ -397,25 +424,25 @@ def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) ->
 
 
 def torso(network: Network, x: jax.Array) -> jax.Array:
-    """Features [..., F] of normalised states [..., D], or of images [..., C, H, W], uint8.
+    """Compute features [..., F] of normalised states [..., D], or of images [..., C, H, W], uint8.
 
-    An MLP, Nature-CNN (Mnih et al. 2015) or IMPALA-CNN (Espeholt et al. 2018). Called inside a module's __call__, whose
-    layers these become.
+    An MLP, Nature-CNN (Mnih et al. 2015) or IMPALA-CNN (Espeholt et al. 2018). Called inside a module's __call__, which
+    owns the layers.
     """
     orthogonal = nn.initializers.orthogonal(np.sqrt(2))
+    conv = partial(nn.Conv, kernel_init=orthogonal,
+                   conv_general_dilated=convolve if jax.default_backend() == "cpu" else None)
     if network.kind != "mlp":
         x = jnp.moveaxis(x, -3, -1).astype(jnp.float32) / 255.0
     if network.kind == "nature":
         for channels, size, stride in zip(network.channels, (8, 4, 3), (4, 2, 1), strict=True):
-            x = nn.relu(nn.Conv(channels, (size, size), stride, "VALID", kernel_init=orthogonal)(x))
+            x = nn.relu(conv(channels, (size, size), stride, "VALID")(x))
     if network.kind == "impala":
-        ours = (lambda x, kernel, *_, **__: convolve(x, kernel)) if jax.default_backend() == "cpu" else None
-        conv = partial(nn.Conv, kernel_size=(3, 3), kernel_init=orthogonal, conv_general_dilated=ours)
         for channels in network.channels:
-            x = max_pool(conv(channels)(x))
+            x = max_pool(conv(channels, (3, 3))(x))
             for _ in range(2):
-                y = conv(channels)(nn.relu(x))
-                x = x + conv(channels)(nn.relu(y))
+                y = conv(channels, (3, 3))(nn.relu(x))
+                x = x + conv(channels, (3, 3))(nn.relu(y))
         x = nn.relu(x)
     if network.kind != "mlp":
         x = x.reshape(*x.shape[:-3], -1)
@@ -424,42 +451,27 @@ def torso(network: Network, x: jax.Array) -> jax.Array:
     return x
 
 
-@jax.custom_vjp
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolution of x [B, H, W, C] with a kernel [3, 3, C, F], stride 1, zeros around: XLA's, but for its gradient.
+def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: str, **_: Any) -> jax.Array:
+    """Convolve x [B, H, W, C] with a kernel [k, k, C, F] as one matrix product of patches; a CPU does that sooner.
 
-    XLA's is slow on a CPU. The sum over shifted copies of x, as one matrix product for a few images at a time, so that
-    they stay in the cache, is the same gradient sooner. On a GPU it is not used.
+    For a stride s, blocks of s x s pixels first become pixels of s*s*C channels: then the stride is 1.
     """
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def convolve_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The convolution, and what its gradient needs."""
-    return convolve(x, kernel), (x, kernel)
-
-
-def convolve_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gradients in x and in the kernel, from that in the output [B, H, W, F]."""
-    x, kernel = saved
-    size, height, width = max(k for k in range(1, 13) if len(x) % k == 0), *x.shape[1:3]
-
-    def add(total, part):
-        x, gradient = part
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = jnp.concatenate([x[:, i: i + height, j: j + width] for i in range(3) for j in range(3)], axis=-1)
-        return total + jnp.tensordot(shifted, gradient, ((0, 1, 2), (0, 1, 2))).reshape(kernel.shape), None
-
-    parts = jax.tree.map(lambda y: y.reshape(-1, size, *y.shape[1:]), (x, gradient))
-    in_kernel, _ = jax.lax.scan(add, jnp.zeros_like(kernel), parts)
-    return convolve(gradient, kernel[::-1, ::-1].swapaxes(2, 3)), in_kernel
-
-
-convolve.defvjp(convolve_forward, convolve_backward)
+    (size, _, channels, filters), stride = kernel.shape, strides[0]
+    if stride > 1:
+        height, width = ((n - size) // stride * stride + size for n in x.shape[1:3])
+        x = x[:, :height, :width].reshape(-1, height // stride, stride, width // stride, stride, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height // stride, width // stride, stride * stride * channels)
+        size //= stride
+        kernel = kernel.reshape(size, stride, size, stride, channels, filters).transpose(0, 2, 1, 3, 4, 5)
+    if padding == "SAME":
+        x = jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
+    height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
+    patches = [x[:, i: i + height, j: j + width] for i in range(size) for j in range(size)]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, filters)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Maximum over 3x3 windows of x [..., H, W, C], stride 2, with a border of 1: sizes 84, 42, 21, 11.
+    """Take the maximum over 3x3 windows of x [..., H, W, C], stride 2, with a border of 1: sizes 84, 42, 21, 11.
 
     As maxima of shifted slices, of columns and then of rows, because XLA's own gradient of pooling is slow on a CPU.
     """
@@ -478,7 +490,7 @@ class Policy(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """x as in `torso`. Returns mean and log standard deviation, both [..., A], or logits [..., A]."""
+        """Return mean and log standard deviation, both [..., A], or logits [..., A], for x as in `torso`."""
         x = torso(self.network, x)
         output = nn.Dense(self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))(x)
         if self.network.kind != "mlp":
@@ -494,13 +506,13 @@ class Value(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x as in `torso`. Returns values [...]."""
+        """Return values [...] for x as in `torso`."""
         x = torso(self.network, x)
         return nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x).squeeze(-1)
 
 
 def distribution(outputs: jax.Array | tuple[jax.Array, jax.Array]) -> distrax.Distribution:
-    """The action distribution that a policy's outputs stand for."""
+    """Return the action distribution for a policy's outputs."""
     if isinstance(outputs, tuple):
         mean, log_std = outputs
         return distrax.MultivariateNormalDiag(mean, jnp.exp(log_std))
@@ -513,7 +525,7 @@ def distribution(outputs: jax.Array | tuple[jax.Array, jax.Array]) -> distrax.Di
 
 
 class Stats(NamedTuple):
-    """Running mean and variance, and the number of samples they rest on."""
+    """Running mean and variance, and the number of samples they are computed from."""
 
     mean: jax.Array
     var: jax.Array
@@ -521,7 +533,7 @@ class Stats(NamedTuple):
 
 
 def update_stats(stats: Stats, samples: jax.Array, weights: jax.Array) -> Stats:
-    """Adds samples [B, ...] whose weight [B] is 1, not those of weight 0 (Chan et al. 1979, pairwise update)."""
+    """Add the samples [B, ...] whose weight [B] is 1, not those of weight 0 (Chan et al. 1979, pairwise update)."""
     n = weights.sum()
     mean = jnp.tensordot(weights, samples, 1) / jnp.maximum(n, 1)
     var = jnp.tensordot(weights, (samples - mean) ** 2, 1) / jnp.maximum(n, 1)
@@ -532,7 +544,7 @@ def update_stats(stats: Stats, samples: jax.Array, weights: jax.Array) -> Stats:
 
 
 def normalize(observations: jax.Array, stats: Stats | None) -> jax.Array:
-    """States [..., D] less their running mean, over their running standard deviation, clipped to ±10; images as is."""
+    """Subtract the running mean from states [..., D], divide by the deviation, clip to ±10; images stay as is."""
     if stats is None:
         return observations
     return jnp.clip((observations - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
@@ -541,9 +553,10 @@ def normalize(observations: jax.Array, stats: Stats | None) -> jax.Array:
 def discount_forward(
     rewards: jax.Array, dones: jax.Array, carried: jax.Array, gamma: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Discounted sum of the rewards so far, g_t = γ g_{t-1} + r_t, from 0 in each episode: what scales the rewards.
+    """Compute the discounted sum of the rewards so far, g_t = γ g_{t-1} + r_t; its deviation scales the rewards.
 
-    rewards, dones: [T, N]; carried: [N], from the rollout before. Returns what to carry on, [N], and all g, [T, N].
+    rewards, dones: [T, N]; carried: [N], from the rollout before. Each episode starts at 0. Returns what to carry to
+    the next rollout, [N], and all g, [T, N].
     """
 
     def step(g, x):
@@ -558,11 +571,11 @@ def compute_gae(
     rewards: jax.Array, values: jax.Array, terminations: jax.Array, truncations: jax.Array, gamma: float,
     gae_lambda: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation (Schulman et al. 2016): advantages and returns, both [T, N].
+    """Compute advantages and returns, both [T, N], by generalised advantage estimation (Schulman et al. 2016).
 
     rewards, terminations, truncations: [T, N]; values: [T+1, N], of all stored observations. A terminated step does
-    not bootstrap. A truncated one does, from the true final observation, which is the one stored at t+1. Both cut the
-    trace, so nothing of a phantom step reaches another.
+    not bootstrap. A truncated step bootstraps from the true final observation, which is stored at t+1. Both cut the
+    trace, so nothing of a phantom step reaches another step.
     """
     dones = jnp.maximum(terminations, truncations)
     deltas = rewards + gamma * values[1:] * (1.0 - terminations) - values[:-1]
@@ -577,12 +590,12 @@ def compute_gae(
 
 
 def weighted_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean of x [B] over the samples whose weight [B] is 1."""
+    """Average x [B] over the samples whose weight [B] is 1."""
     return (x * weights).sum() / jnp.maximum(weights.sum(), 1.0)
 
 
 def standardize(advantages: jax.Array, weights: jax.Array) -> jax.Array:
-    """Advantages [B] with mean 0 and variance 1 over the samples whose weight [B] is 1."""
+    """Bring advantages [B] to mean 0 and variance 1 over the samples whose weight [B] is 1."""
     centred = advantages - weighted_mean(advantages, weights)
     return centred / (jnp.sqrt(weighted_mean(centred**2, weights)) + 1e-8)
 
@@ -599,9 +612,9 @@ class Batch(NamedTuple):
 
 
 def ppo_terms(outputs: Any, value: jax.Array, sample: Batch, clip_coef: float) -> dict[str, jax.Array]:
-    """The terms of one sample's loss, as scalars.
+    """Compute the terms of one sample's loss, as scalars.
 
-    outputs: the policy's, [A] each; value: the value network's, []; sample: its advantage is standardised already.
+    outputs: of the policy, [A] (each); value: of the value network, []; sample: its advantage is standardised.
     """
     pi = distribution(outputs)
     log_ratio = pi.log_prob(sample.actions) - sample.log_probs
@@ -619,9 +632,9 @@ def ppo_terms(outputs: Any, value: jax.Array, sample: Batch, clip_coef: float) -
 def ppo_loss(
     outputs: Any, values: jax.Array, batch: Batch, clip_coef: float, ent_coef: float, vf_coef: float
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a minibatch and its terms, averaged over the samples whose weight is 1.
+    """Compute the loss of a minibatch and its terms, averaged over the samples whose weight is 1.
 
-    outputs: the policy's, [B, A] each; values: [B].
+    outputs: of the policy, [B, A] (each); values: [B].
     """
     terms = jax.vmap(partial(ppo_terms, clip_coef=clip_coef))(outputs, values, batch)
     terms = {name: weighted_mean(term, batch.weights) for name, term in terms.items()}
@@ -634,6 +647,9 @@ def ppo_loss(
 # ======================================================================================================================
 
 
+P = jax.sharding.PartitionSpec  # how arrays lie on several devices: P() is whole on each
+
+
 class Networks(NamedTuple):
     """The flax modules; they hold no parameters."""
 
@@ -642,7 +658,7 @@ class Networks(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """A policy that does not learn: its parameters, and the statistics of the states it stands on."""
+    """A policy that does not learn: its parameters, and the statistics of its states."""
 
     params: dict
     obs_stats: Stats | None
@@ -660,12 +676,12 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam, after clipping the global norm of the gradient."""
+    """Return Adam after clipping of the gradient's global norm."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate, eps=1e-5))
 
 
 def init_state(args: Args, networks: Networks, observation_shape: tuple[int, ...]) -> TrainState:
-    """Fresh networks and statistics, from the seed alone."""
+    """Initialise networks and statistics from the seed alone."""
     states = len(observation_shape) == 1
     key, policy_key, value_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
     x = jnp.zeros((1, *observation_shape), jnp.float32 if states else jnp.uint8)
@@ -678,57 +694,109 @@ def init_state(args: Args, networks: Networks, observation_shape: tuple[int, ...
 
 @partial(jax.jit, static_argnames=("num_steps", "shape", "states"))
 def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int], states: bool) -> tuple[jax.Array, jax.Array]:
-    """The key to go on with, and noise [T, N, A] of a rollout: standard normal for states, Gumbel for images."""
+    """Draw noise [T, N, A] for a rollout, normal for states, Gumbel for images; returns the key to go on with, and it.
+
+    One call draws all of it, because drawn step by step it costs as much as the network.
+    """
     key, rollout_key = jax.random.split(key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(rollout_key, jnp.arange(num_steps))
     return key, jax.vmap(jax.random.normal if states else jax.random.gumbel, (0, None))(keys, shape)
 
 
+def over_devices(num_devices: int) -> Callable:
+    """Return shard_map over the devices that share the work: GPUs, or cores of a CPU."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), "devices")
+    return partial(jax.shard_map, mesh=mesh, check_vma=False)
+
+
+def part_size(network: Network, num_rows: int) -> int:
+    """Return how many of so many rows go through a network at a time, a divisor; on a CPU images must fit the cache."""
+    most = {"nature": 16, "impala": 4}.get(network.kind, num_rows) if jax.default_backend() == "cpu" else 512
+    return max(n for n in range(1, min(most, num_rows) + 1) if num_rows % n == 0)
+
+
+def apply_in_parts(num_devices: int, network: nn.Module, params: dict, x: jax.Array) -> Any:
+    """Apply a network to x [T, N, ...], shared out over the devices along N, a part at a time."""
+
+    def on_one_device(params, x):
+        rows = x.reshape(-1, *x.shape[2:])
+        size = part_size(network.network, len(rows))
+        outputs = jax.lax.map(partial(network.apply, params), rows.reshape(-1, size, *rows.shape[1:]))
+        return jax.tree.map(lambda y: y.reshape(*x.shape[:2], *y.shape[2:]), outputs)
+
+    whole, split = P(), P(None, "devices")
+    return over_devices(num_devices)(on_one_device, in_specs=(whole, split), out_specs=split)(params, x)
+
+
+def mean_gradient(
+    args: Args, loss_fn: Callable, params: dict, batch: Batch, indices: jax.Array
+) -> tuple[dict, dict[str, jax.Array]]:
+    """Average gradient and terms of loss_fn(params, part) over the samples of these indices [B] whose weight is 1.
+
+    They are shared out over the devices; each takes a part at a time, and adds up.
+    """
+    total = jnp.maximum(batch.weights[indices].sum(), 1.0)
+
+    def on_one_device(params, batch, indices):
+        def add(sums, where):
+            part = jax.tree.map(lambda x: x[where], batch)
+            share = part.weights.sum() / total
+            found = jax.grad(loss_fn, has_aux=True)(params, part)
+            return jax.tree.map(lambda s, x: s + share * x, sums, found), None
+
+        parts = indices.reshape(-1, part_size(args.network, len(indices)))
+        _, terms = jax.eval_shape(loss_fn, params, jax.tree.map(lambda x: x[parts[0]], batch))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, terms))
+        return jax.lax.psum(jax.lax.scan(add, zeros, parts)[0], "devices")
+
+    return over_devices(args.num_devices)(
+        on_one_device, in_specs=(P(), P(), P("devices")), out_specs=P())(params, batch, indices)
+
+
 def sample_actions(
-    policy: Policy, params: dict, obs_stats: Stats | None, noise: jax.Array, observations: jax.Array, t: int
+    num_devices: int, policy: Policy, params: dict, obs_stats: Stats | None, noise: jax.Array, observations: jax.Array,
+    t: int,
 ) -> jax.Array:
-    """Samples actions, [N, A] for raw states or [N] for images, with the noise [T, N, A] of step t."""
-    outputs = policy.apply(params, normalize(observations, obs_stats))
-    if isinstance(outputs, tuple):
-        return outputs[0] + jnp.exp(outputs[1]) * noise[t]
-    return jnp.argmax(outputs + noise[t], axis=-1)
+    """Sample actions, [N, A] for raw states or [N] for images, with the noise [T, N, A] of step t."""
+    if policy.network.kind == "mlp":
+        mean, log_std = policy.apply(params, normalize(observations, obs_stats))
+        return mean + jnp.exp(log_std) * noise[t]
+    logits = apply_in_parts(num_devices, policy, params, observations[None])[0]
+    return jnp.argmax(logits + noise[t], axis=-1)
 
 
-# On a CPU acting on states takes one thread: a few rows are not worth several, which then spin where the simulator runs
-act_on_states = jax.jit(
-    sample_actions, static_argnames="policy", compiler_options={"xla_cpu_multi_thread_eigen": False})
-act_on_images = jax.jit(sample_actions, static_argnames="policy")
+# On a CPU acting on states takes one thread: few rows gain nothing from more, which wait where the simulator could run
+act_on_states = jax.jit(sample_actions, static_argnames=("num_devices", "policy"),
+                        compiler_options={"xla_cpu_multi_thread_eigen": False})
+act_on_images = jax.jit(sample_actions, static_argnames=("num_devices", "policy"))
 
 
 @partial(jax.jit, static_argnames="policy")
 def act_deterministic(policy: Policy, params: dict, obs_stats: Stats | None, observations: jax.Array) -> jax.Array:
-    """The most likely actions, [N, A] for raw states or [N] for images."""
-    return distribution(policy.apply(params, normalize(observations, obs_stats))).mode()
+    """Return the most likely actions, [N, A] for raw states or [N] for images."""
+    outputs = apply_in_parts(1, policy, params, normalize(observations, obs_stats)[None])
+    return distribution(jax.tree.map(lambda x: x[0], outputs)).mode()
 
 
 @partial(jax.jit, static_argnames="policy")
 def act_sampled(policy: Policy, params: dict, key: jax.Array, observations: jax.Array, t: int) -> jax.Array:
-    """Sampled actions [N] for images, as the evaluation on Procgen takes them; t: step of the evaluation."""
-    return distribution(policy.apply(params, observations)).sample(seed=jax.random.fold_in(key, t))
+    """Sample actions [N] for images, as evaluation on Procgen takes them; t: step of the evaluation."""
+    logits = apply_in_parts(1, policy, params, observations[None])[0]
+    return distribution(logits).sample(seed=jax.random.fold_in(key, t))
 
 
-def apply_in_chunks(network: nn.Module, params: dict, x: jax.Array) -> Any:
-    """The network's outputs [T, N, ...] for x [T, N, ...], about 512 rows at a time: all images at once fill memory."""
-    return jax.lax.map(partial(network.apply, params), x, batch_size=-(-512 // x.shape[1]))
-
-
-@partial(jax.jit, static_argnames=("args", "networks"))
-def prepare(
+@partial(jax.jit, static_argnames=("args", "networks"), donate_argnames="state")
+def update(
     args: Args, networks: Networks, state: TrainState, rollout: Rollout
-) -> tuple[TrainState, Batch, jax.Array]:
-    """Turns a rollout into samples: the state with its statistics, the batch, and the minibatches' indices [*, B]."""
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Learn from one rollout; returns the new state and the metrics, averaged over all minibatches."""
     rewards, terminations, truncations, phantoms = (jnp.asarray(x, jnp.float32) for x in rollout[2:])
     dones, weights = jnp.maximum(terminations, truncations), 1.0 - phantoms
 
     # The parameters are still those of the rollout: its values and log-probabilities need no call of each step
-    observations = normalize(jnp.asarray(rollout.observations), state.obs_stats)
-    values = apply_in_chunks(networks.value, state.params["value"], observations)
-    outputs = apply_in_chunks(networks.policy, state.params["policy"], observations[:-1])
+    apply, observations = partial(apply_in_parts, args.num_devices), normalize(rollout.observations, state.obs_stats)
+    values = apply(networks.value, state.params["value"], observations)
+    outputs = apply(networks.policy, state.params["policy"], observations[:-1])
     log_probs = distribution(outputs).log_prob(rollout.actions)
 
     discounted, sums = discount_forward(rewards, dones, state.discounted, args.gamma)
@@ -736,55 +804,38 @@ def prepare(
     rewards = jnp.clip(rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
     advantages, returns = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
 
-    batch = Batch(observations[:-1], jnp.asarray(rollout.actions), log_probs, advantages, returns, weights)
+    batch = Batch(observations[:-1], rollout.actions, log_probs, advantages, returns, weights)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
+    optimizer = make_optimizer(args)
+
+    def loss_fn(params, samples):
+        outputs = networks.policy.apply(params["policy"], samples.observations)
+        values = networks.value.apply(params["value"], samples.observations)
+        return ppo_loss(outputs, values, samples, args.clip_coef, args.ent_coef, args.vf_coef)
+
+    def train_minibatch(carry, indices):
+        params, opt_state = carry
+        advantages = standardize(batch.advantages[indices], batch.weights[indices])
+        standardized = batch._replace(advantages=batch.advantages.at[indices].set(advantages))
+        grads, metrics = mean_gradient(args, loss_fn, params, standardized, indices)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        return (params, opt_state), metrics
+
     key, shuffle_key = jax.random.split(state.key)
     epoch_keys = jax.random.split(shuffle_key, args.update_epochs)
     orders = jax.vmap(jax.random.permutation, (0, None))(epoch_keys, args.batch_size)
+    minibatches = orders.reshape(args.update_epochs * args.num_minibatches, -1)
+    (params, opt_state), metrics = jax.lax.scan(train_minibatch, (state.params, state.opt_state), minibatches)
 
     # The new statistics count from the next rollout on: this one and all of its epochs see the same observations
     obs_stats = state.obs_stats
     if obs_stats is not None:
-        seen = jnp.asarray(rollout.observations[:-1]).reshape(args.batch_size, -1)
+        seen = rollout.observations[:-1].reshape(args.batch_size, -1)
         obs_stats = update_stats(obs_stats, seen, weights.reshape(-1))
-    state = state._replace(obs_stats=obs_stats, return_stats=return_stats, discounted=discounted, key=key)
-    return state, batch, orders.reshape(args.update_epochs * args.num_minibatches, -1)
-
-
-@partial(jax.jit, static_argnames=("args", "networks"), donate_argnames=("params", "opt_state"))
-def train_minibatch(
-    args: Args, networks: Networks, params: dict, opt_state: optax.OptState, batch: Batch, indices: jax.Array
-) -> tuple[dict, optax.OptState, dict[str, jax.Array]]:
-    """Takes a gradient step on the samples of these indices [B]."""
-    minibatch = jax.tree.map(lambda x: x[indices], batch)
-    minibatch = minibatch._replace(advantages=standardize(minibatch.advantages, minibatch.weights))
-
-    def loss_fn(params):
-        outputs = networks.policy.apply(params["policy"], minibatch.observations)
-        values = networks.value.apply(params["value"], minibatch.observations)
-        return ppo_loss(outputs, values, minibatch, args.clip_coef, args.ent_coef, args.vf_coef)
-
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = make_optimizer(args).update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-    return params, opt_state, metrics
-
-
-def update(
-    args: Args, networks: Networks, state: TrainState, rollout: Rollout
-) -> tuple[TrainState, dict[str, float]]:
-    """Learns from one rollout; returns the new state (the old one's arrays are gone) and the minibatches' mean metrics.
-
-    A loop of Python over minibatches: within lax.scan XLA's gradient of convolutions is ten times slower on a CPU.
-    """
-    state, batch, minibatches = prepare(args, networks, state, rollout)
-    params, opt_state, metrics = state.params, state.opt_state, []
-    for indices in jax.device_get(minibatches):
-        params, opt_state, found = train_minibatch(args, networks, params, opt_state, batch, indices)
-        metrics.append(found)
-    means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(metrics))
-    return state._replace(params=params, opt_state=opt_state), {f"losses/{name}": x for name, x in means.items()}
+    metrics = {f"losses/{name}": values.mean() for name, values in metrics.items()}
+    return TrainState(params, opt_state, obs_stats, return_stats, discounted, key), metrics
 
 
 # ======================================================================================================================
@@ -792,200 +843,196 @@ def update(
 # ======================================================================================================================
 
 SCRIPT = Path(__file__).stem
-FORMAT, VERSION = "proximal-policy-distillation", 2
-CHECKPOINTS = ("checkpoint.msgpack", "checkpoint_previous.msgpack")
+FORMAT = "proximal-policy-distillation 3"
 
 
-def write_atomic(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Writes a file whole or not at all: a killed run leaves no half of it under this name.
-
-    keep: the name under which the file that it replaces stays.
-    """
-    temporary = path.with_name(f".{path.name}.new")  # always the same, so what a killed run left of it goes, too
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, also when the process is killed or the power fails."""
+    temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
         os.replace(temporary, path)
-    except BaseException:  # a full disk, or a signal
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name must reach the disk as well
+    os.close(folder)
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a small file for people and programs."""
+    """Write a small file for people and programs."""
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def save_tree(path: Path, kind: str, tree: dict, keep: Path | None = None) -> None:
-    """Writes plain dicts, lists, strings, numbers and arrays as msgpack, in an envelope with their checksum."""
-    payload = serialization.msgpack_serialize(jax.device_get(tree))
-    envelope = {"format": FORMAT, "version": VERSION, "kind": kind, "sha256": hashlib.sha256(payload).hexdigest()}
-    write_atomic(path, serialization.msgpack_serialize(envelope | {"payload": payload}), keep)
+def save_file(path: Path, about: dict, tree: Any) -> None:
+    """Write a model or a checkpoint: arrays by their path in the tree, and `about` as JSON in the header."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    arrays = {jax.tree_util.keystr(where, simple=True, separator="/"): np.asarray(x) for where, x in leaves}
+    header = {"about": json.dumps({"format": FORMAT} | about)}
+    header["crc32"] = str(zlib.crc32(safetensors.numpy.save(arrays, header)))
+    write_atomic(path, safetensors.numpy.save(arrays, header))
 
 
-def read_tree(path: str | Path, kind: str) -> dict:
-    """Reads a file of save_tree; ValueError if it is missing, cut short, damaged or something else."""
-    wrong = f"{path} is no {kind} file of this project, or is cut short"
+def read_file(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read `about` and the arrays of a file; ValueError if it is missing, cut short, damaged or something else."""
     try:
-        envelope = serialization.msgpack_restore(Path(path).read_bytes())
-        names = ("format", "version", "kind", "sha256", "payload")
-        form, version, found, digest, payload = (envelope[name] for name in names)
-        if form == FORMAT and (version, found) != (VERSION, kind):
-            wrong = f"{path} is a {found!r:.20} file, version {version!r:.20}; needed is {kind!r}, version {VERSION}"
-        elif form == FORMAT and digest != hashlib.sha256(payload).hexdigest():
-            wrong = f"{path} is damaged: its checksum does not match"
-        elif form == FORMAT and isinstance(tree := serialization.msgpack_restore(payload), dict):
-            return tree
-    except OSError as error:
-        wrong = f"cannot read {path}: {error.strerror}"
-    except Exception:  # msgpack raises many kinds for bytes that are not its own
-        pass
-    raise ValueError(wrong)
+        with safetensors.safe_open(path, "numpy") as file:
+            header = {"about": "{}", "crc32": ""} | (file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        about, crc32 = json.loads(header["about"]), header.pop("crc32")
+        if about.get("format") != FORMAT:
+            raise ValueError(f"its format is {about.get('format')!r:.50}, not {FORMAT!r}")
+        if str(zlib.crc32(safetensors.numpy.save(arrays, header))) != crc32:
+            raise ValueError("it is damaged: its checksum does not match")
+    except Exception as error:  # of many kinds, for content of any kind
+        hint = "; .msgpack files are of an older version" if str(path).endswith(".msgpack") else ""
+        raise ValueError(f"cannot read {path}: {error}{hint}") from None
+    return about, arrays
 
 
-def load_tree(path: str | Path, kind: str) -> dict:
-    """Reads a file of save_tree; ends the program if it is missing, cut short, damaged or something else."""
+def fill(template: Any, arrays: dict[str, np.ndarray], prefix: str) -> Any:
+    """Return the template's tree with a file's arrays; ValueError unless they are finite, of its shapes and types."""
+
+    def leaf(where, x):
+        name = f"{prefix}/{jax.tree_util.keystr(where, simple=True, separator='/')}"
+        found = arrays.get(name)
+        if found is None or (found.shape, found.dtype) != (x.shape, x.dtype) or not np.isfinite(found).all():
+            raise ValueError(f"its {name} is not finite and of the shape {x.shape}")
+        return jnp.array(found)
+
+    return jax.tree_util.tree_map_with_path(leaf, template)
+
+
+@contextmanager
+def checked(what: str) -> Iterator[None]:
+    """End the program in one line where the content of a file is not what it says."""
     try:
-        return read_tree(path, kind)
-    except ValueError as error:
-        fail(str(error))
+        yield
+    except Exception as error:  # of many kinds, for content of any kind
+        fail(f"{what}: {type(error).__name__} {error}")
 
 
-def check_arrays(what: str, found: Any, expected: Any) -> None:
-    """Raises ValueError unless what a file holds is finite, and of these shapes and types."""
-    describe = partial(jax.tree.map, lambda x: (tuple(x.shape), np.dtype(x.dtype)))
-    if describe(found) != describe(expected):
-        raise ValueError(f"its {what} are not those of the network it describes")
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
-        raise ValueError(f"its {what} are not all finite")
+class Run:
+    """The folder of a run: args.json, progress.csv, TensorBoard's events and checkpoints; --track adds W&B."""
 
+    def __init__(self, args: Args, saved: dict | None):
+        """Begin, or go on from a checkpoint: what was logged after it is dropped, since it will be made again."""
+        self.folder = Path(args.resume or args.run_dir or f"runs/{args.name}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
+        except FileExistsError:  # another run began in this second
+            self.folder = Path(f"{self.folder}_{os.getpid()}")
+            self.folder.mkdir()
+        except OSError as error:
+            fail(f"cannot create {self.folder}: {error.strerror}")
+        command = saved["command"] if saved else shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        self.about = {
+            "env_id": args.env_id, "script": SCRIPT, "command": command,
+            "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
+            "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+                         "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}}
+        write_json(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
-def plain_args(args: Args) -> dict:
-    """The flags as plain values, but not where the run's files lie: that says nothing on another machine."""
-    return json.loads(json.dumps(dataclasses.asdict(args) | {"run_dir": None, "resume": None}))
-
-
-def command_line(args: Args) -> str:
-    """The command that repeats this run: task, seed, and every flag of learning that is not its default."""
-    elsewhere = ("env_id", "seed", "device", "run_dir", "resume", "track", "wandb_project_name", "wandb_entity")
-    words = ["python", f"{SCRIPT}.py", "--env-id", args.env_id, "--seed", str(args.seed)]
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if field.name not in elsewhere and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-    return " ".join(words)
-
-
-def versions() -> dict[str, str]:
-    """What the run stands on."""
-    return {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
-            "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}
-
-
-def save_checkpoint(
-    folder: Path, args: Args, updates: int, state: TrainState, cursor: Cursor, timing: dict[str, float], log: "Log",
-    teacher: str | None,
-) -> None:
-    """Saves all that --resume needs after this many updates, and keeps the checkpoint before.
-
-    The simulator's own state cannot be saved. teacher: its fingerprint, where there is one.
-    """
-    os.fsync(log.file.fileno())  # rows are on the disk before a checkpoint counts on them
-    save_tree(folder / CHECKPOINTS[0], "checkpoint", {
-        "script": SCRIPT, "args": plain_args(args), "updates": updates, "state": serialization.to_state_dict(state),
-        "finished": list(cursor.finished), "timing": timing, "teacher": teacher}, keep=folder / CHECKPOINTS[1])
-
-
-def check_finite(metrics: dict[str, float], number: int, folder: Path) -> None:
-    """Ends the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
-    bad = [f"{name} = {value}" for name, value in metrics.items() if not np.isfinite(value)]
-    if bad:
-        raise SystemExit(f"error: update {number} gave {bad[0]}; the last good state is {folder / CHECKPOINTS[0]}")
-
-
-def stop(folder: Path, number: int) -> NoReturn:
-    """Ends the program for the signal of this number."""
-    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-    raise SystemExit(128 + number)
-
-
-def progress_bar(args: Args, first: int) -> tqdm:
-    """Counts environment steps; where no terminal shows it, once a minute."""
-    total, done = args.num_updates * args.batch_size, first * args.batch_size
-    interval = 0.5 if sys.stderr.isatty() else 60.0
-    return tqdm(total=total, initial=done, desc=args.env_id, unit=" steps", unit_scale=True, mininterval=interval)
-
-
-class Log:
-    """progress.csv and TensorBoard events in the run's folder; Weights & Biases, where asked for, gets them as well."""
-
-    def __init__(self, folder: Path, args: Args, first_step: int):
-        """first_step: where the run goes on; rows after it, of updates that are made again, are dropped."""
-        path = folder / "progress.csv"
-        if path.exists():
-            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # whole ones
-            steps = [line.split(b",")[0] for line in lines]
-            kept = [line for line, n in zip(lines, steps, strict=True) if not n.isdigit() or int(n) <= first_step]
-            write_atomic(path, b"".join(kept))
+        begin = {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0, "wandb_id": secrets.token_hex(4)}
+        self.logged = saved["logged"] if saved else begin
+        self.batch_size, self.began, self.compiled = args.batch_size, time.time() - self.logged["seconds"], None
+        self.file = open(self.folder / "progress.csv", "a+", newline="")
+        self.file.seek(0)
+        self.sent = max(map(int, re.findall(r"^(\d+),.*\n", self.file.read(), re.MULTILINE)), default=0)
+        self.file.truncate(min(self.file.tell(), self.logged["bytes"]))
+        self.events = EventsWriter(str(self.folder / "events"), f".{os.getpid()}")
+        self.events.write_event(Event(step=self.logged["step"] + 1, session_log=SessionLog(status=SessionLog.START)))
         self.tracker = None
         if args.track:
-            import wandb
+            with checked("--track"):
+                import wandb
 
-            try:
-                self.tracker = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, id=folder.name,
-                                          resume="allow", config=plain_args(args))
-            except wandb.Error as error:
-                fail(f"--track: {error}")
+                self.tracker = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
+                    config=vars(args), id=self.logged["wandb_id"], resume="allow")
             self.tracker.define_metric("*", step_metric="global_step")
-        self.file = open(path, "a", newline="", buffering=1)
-        self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if args.resume else None)
 
-    def write(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
-        """Logs the metrics of the update that ended at this environment step."""
-        row = {"global_step": step, "seconds": round(seconds, 3)} | metrics
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the update that ended at this environment step; the speed leaves out the first, which compiles."""
+        seconds = time.time() - self.began
+        self.compiled = self.compiled or (step, seconds)
+        steps, elapsed = step - self.compiled[0], seconds - self.compiled[1]
+        sps = steps / elapsed if steps else self.logged["SPS"] or step / seconds
+        row = {"global_step": step, "seconds": round(seconds, 3), "charts/SPS": sps} | metrics
         table = csv.DictWriter(self.file, list(row))
-        if self.file.tell() == 0:
+        if self.file.seek(0, os.SEEK_END) == 0:
             table.writeheader()
         table.writerow(row)
-        known = {name: value for name, value in metrics.items() if np.isfinite(value)}  # no return before an end
-        for name, value in known.items():
-            self.tensorboard.add_scalar(name, value, step)
-        if self.tracker is not None:
-            self.tracker.log(known | {"global_step": step})
+        self.file.flush()
+        finite = {name: float(x) for name, x in row.items() if np.isfinite(x)}  # no return before an episode's end
+        for name, value in finite.items():
+            self.events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self.events.flush()
+        if self.tracker is not None and step > self.sent:  # rows that were sent before a crash are not sent twice
+            self.tracker.log(finite)
+        self.logged |= {"bytes": self.file.tell(), "step": step, "SPS": sps, "seconds": seconds}
+
+    def save(self, updates: int, state: TrainState, finished: deque) -> None:
+        """Save all that --resume needs, but for the simulator's own state, which cannot be saved; two files stay."""
+        os.fsync(self.file.fileno())  # rows are on the disk before a checkpoint counts on them
+        about = {"updates": updates, "finished": list(finished), "logged": self.logged}
+        path = self.folder / f"checkpoint_{updates * self.batch_size:012d}.safetensors"
+        save_file(path, self.about | about, {"state": state})
+        for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
+            old.unlink()
 
     def close(self) -> None:
-        """Writes out what is left."""
+        """Close all files."""
         self.file.close()
-        self.tensorboard.close()
+        self.events.close()
         if self.tracker is not None:
             self.tracker.finish()
 
 
-@contextmanager
-def catch_signals(act: Callable[[int], None] | None = None) -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM, so that the update under way can end; a second ends the program at once.
+def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str]:
+    """Read a run's newest whole checkpoint: flags, all else, arrays, which it is; end the program if there is none."""
+    check, problems = partial(check_type, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS), ""
+    for path in sorted(Path(folder).glob("checkpoint_*.safetensors"), reverse=True):
+        try:
+            about, arrays = read_file(path)
+        except ValueError as error:
+            problems += f"{error}; "
+            continue
+        if about.get("script") != SCRIPT:
+            fail(f"{folder} is a run of {about.get('script')}.py; go on with that script")
+        with checked(f"{folder} was made by another version of {SCRIPT}.py"):
+            flags = {name: tuple(x) if isinstance(x, list) else x for name, x in about["args"].items()}
+            for field in dataclasses.fields(Args):
+                check(flags[field.name], field.type)
+            logged, finished = about["logged"], about["finished"]
+            counts = check([about["updates"], logged["bytes"], logged["step"]], list[int])
+            figures = check([logged["SPS"], logged["seconds"], *finished], list[float])
+            if not all(0 <= n < 10**15 for n in counts) or not np.isfinite(np.array(figures, float)).all():
+                raise ValueError(f"{counts} and {figures[:2]} are no counts and times of a run")
+            check([logged["wandb_id"], about["command"]], list[str])
+            return Args(**flags), about, arrays, f"{problems}going on from {path}"
+    fail(f"{problems}{folder} holds no checkpoint to go on from")
 
-    act: called with the number of the first one, where there is nothing to wait for.
-    """
-    caught: list[int] = []
 
-    def catch(number: int, frame: Any) -> None:
-        caught.append(number)
-        for each in previous:
+def on_signal(act: Callable[[int], None]) -> None:
+    """Call act(number) at the first SIGINT or SIGTERM; a second one ends the program at once."""
+
+    def handle(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        if act is not None:
-            act(number)
+        act(number)
 
-    previous = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def stop(folder: Path, number: int) -> NoReturn:
+    """End the program for the signal of this number."""
+    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 # ======================================================================================================================
@@ -993,49 +1040,40 @@ def catch_signals(act: Callable[[int], None] | None = None) -> Iterator[list[int
 # ======================================================================================================================
 
 
-def evaluate(envs: Any, policy_step: Callable) -> np.ndarray:
-    """Returns [N] of one episode in each of N environments: sums of raw rewards, undiscounted.
+def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
+    """Play one episode in each of N environments; returns their sums of raw rewards, undiscounted, mean and deviation.
 
     Each environment's first episode counts, so that short ones do not crowd out long; policy_step is as in `collect`.
+    games: how many different episodes there were, since few things vary in some tasks; a standard error rests on those.
     """
     observations, t = reset(envs), 0
     returns, running = np.zeros(len(observations)), np.ones(len(observations), bool)
+    histories = [0] * len(observations)
     while running.any():
+        histories = [zlib.crc32(x, h) if on else h for x, h, on in zip(observations, histories, running, strict=True)]
         observations, rewards, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
         returns += np.where(running, rewards, 0.0)
         running &= ~ends
         t += 1
     envs.close()
-    return returns
+    return {"mean": float(returns.mean()), "std": float(returns.std()), "games": len(set(histories)),
+            "returns": returns.tolist()}
 
 
-def evaluation_step(policy: Policy, frozen: Frozen, env_id: str, seed: int) -> Callable:
-    """How a policy acts in evaluation, policy_step(observations, t): the likeliest actions, but sampled on Procgen."""
-    key = jax.random.PRNGKey(seed)
-    if suite_of(env_id) == "procgen":
-        return lambda observations, t: act_sampled(policy, frozen.params, key, observations, t)
-    return lambda observations, t: act_deterministic(policy, frozen.params, frozen.obs_stats, observations)
+def assess(args: Args, variant: dict, policy: Policy, frozen: Frozen) -> dict[str, Any]:
+    """Evaluate a policy as in the paper, in environments of their own seeds: likeliest actions, but sampled on Procgen.
 
-
-def assess(
-    policy: Policy, frozen: Frozen, env_id: str, episodes: int, seed: int, variant: Variant
-) -> dict[str, Any]:
-    """The paper's evaluation of a policy: mean, standard deviation and all returns, in environments of their own seeds.
-
-    On Procgen those of unseen levels, and apart from them those of the training levels; on Atari the human-normalised
-    score as well, where Badia et al. 2020 give one.
+    On Procgen on unseen levels, and apart from them on those of training; on Atari with the human-normalised score.
     """
-    result: dict[str, Any] = {}
-    for split in ("evaluation", "train_levels") if suite_of(env_id) == "procgen" else ("evaluation",):
-        envs = make_envs(env_id, episodes, EVAL_SEED + seed, split, variant)
-        returns = evaluate(envs, evaluation_step(policy, frozen, env_id, seed))
-        found = {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns.tolist()}
-        result |= found if split == "evaluation" else {split: found}
-    game = env_id.split("-")[0]
-    if suite_of(env_id) == "atari" and game in HUMAN:
-        random, human = HUMAN[game]
-        result["human_normalised"] = (result["mean"] - random) / (human - random)
-    return result
+    suite, key, found = suite_of(args.env_id), jax.random.PRNGKey(args.seed), {}
+    for split in ("evaluation", "train_levels") if suite == "procgen" else ("evaluation",):
+        envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed, variant, split)
+        found[split] = evaluate(envs, lambda x, t: (
+            act_sampled(policy, frozen.params, key, x, t) if suite == "procgen"
+            else act_deterministic(policy, frozen.params, frozen.obs_stats, x)))
+    result = found.pop("evaluation") | found
+    random, human = HUMAN.get(args.env_id.split("-")[0], (None, None)) if suite == "atari" else (None, None)
+    return result if human is None else result | {"human_normalised": (result["mean"] - random) / (human - random)}
 
 
 # ======================================================================================================================
@@ -1043,192 +1081,117 @@ def assess(
 # ======================================================================================================================
 
 
-def choose_device(device: str) -> None:
-    """Settles where the networks run, before JAX first computes."""
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # acting is waited for: handing it over only costs time
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
+def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> None:
+    """End the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a flag's type."""
-    options = get_args(kind)
-    if get_origin(kind) is Literal:
-        return value in options
-    if get_origin(kind) is tuple:
-        alike = isinstance(value, tuple) and all(fits(x, options[0]) for x in value)
-        return alike and (options[-1] is ... or len(value) == len(options))
-    if options:
-        return any(fits(value, option) for option in options)
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def change_args(args: Args, flags: dict) -> Args:
-    """The flags of a file; raises an exception for one that is unknown, missing or of another type."""
-    if missing := [field.name for field in dataclasses.fields(args) if field.name not in flags]:
-        raise KeyError(missing[0])  # of a run before there was this flag, which its default might change
-    args = dataclasses.replace(args, **{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
-    for field in dataclasses.fields(args):
-        if not fits(getattr(args, field.name), field.type):
-            raise TypeError(f"{field.name} is {getattr(args, field.name)!r}")
-    return args
-
-
-def restore(args: Args) -> tuple[Args, dict | None]:
-    """With --resume: the flags and the newest whole checkpoint of that run, wherever its folder has moved to."""
-    if args.resume is None:
-        return args, None
-    newest, previous = (Path(args.resume, name) for name in CHECKPOINTS)
-    try:
-        saved = read_tree(newest, "checkpoint")
-    except ValueError as error:
-        if not previous.exists():
-            fail(str(error))
-        saved = load_tree(previous, "checkpoint")
-        print(f"{error}; going on from {previous}", file=sys.stderr)
-    if saved.get("script") != SCRIPT:
-        fail(f"{args.resume} is a run of {saved.get('script')}.py; go on with that script")
-    try:
-        if type(saved["updates"]) is not int or saved["updates"] < 0:
-            raise TypeError(f"updates is {saved['updates']!r}")
-        return change_args(Args(), saved["args"] | {"resume": args.resume, "device": args.device}), saved
-    except Exception as error:  # as in load_policy
-        fail(f"{args.resume} was made by another version of {SCRIPT}.py ({type(error).__name__} {error})")
-
-
-def restore_state(args: Args, saved: dict, state: TrainState, cursor: Cursor, teacher: str | None) -> TrainState:
-    """What a checkpoint has in place of a fresh state and of no returns; ends the program if that is of another run.
-
-    teacher: the fingerprint of this run's, where there is one.
-    """
-    try:
-        found = serialization.from_state_dict(state, saved["state"])
-        check_arrays("arrays", found, state)
-        cursor.finished.extend(map(float, saved["finished"]))
-        timing, known = saved["timing"], saved["teacher"]
-        if saved["updates"] > args.num_updates or not all(fits(timing[name], float) for name in ("SPS", "seconds")):
-            raise ValueError(f"update {saved['updates']} of {args.num_updates}, {timing}")
-    except Exception as error:  # as in load_policy
-        fail(f"{args.resume} holds no state of this run: {type(error).__name__} {error}")
-    if known != teacher:
-        fail(f"the teacher is not the one that {args.resume} began with; put its file back, or begin another run")
-    return jax.tree.map(jnp.array, found)
-
-
-def make_folder(args: Args) -> Path:
-    """Creates the run's folder, with args.json in it."""
-    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or args.run_dir or f"runs/{name}")
-    if args.resume is None:
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            fail(f"cannot create {folder}: {error.strerror}")
-        write_json(folder / "args.json", dataclasses.asdict(args) | {"versions": versions()})
-    return folder
-
-
-def describe(evaluation: dict) -> str:
-    """One line about an evaluation."""
-    text = f"{evaluation['mean']:>10.1f} ± {evaluation['std']:.1f} ({len(evaluation['returns'])} episodes"
-    if "human_normalised" in evaluation:
-        text += f"; human-normalised {evaluation['human_normalised']:.3f}"
-    if "train_levels" in evaluation:
-        levels = evaluation["train_levels"]
-        text += f"; {levels['mean']:.1f} ± {levels['std']:.1f} on training levels"
-    return text + ")"
+def resume(args: Args) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read the checkpoint that --resume names; end the program where a flag contradicts the run's."""
+    flags, saved, arrays, note = load_checkpoint(args.resume)
+    for name, value in vars(flags).items():
+        if name not in RESUMABLE and getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+    if args.total_timesteps < flags.total_timesteps:
+        fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {flags.total_timesteps}")
+    return saved | {"note": note}, arrays
 
 
 def finish(
-    args: Args, networks: Networks, state: TrainState, observation_shape: tuple, folder: Path, timing: dict
+    args: Args, run: Run, networks: Networks, state: TrainState, variant: dict, shape: tuple
 ) -> dict[str, float]:
-    """Evaluates the teacher, writes teacher.msgpack and results.json, prints the outcome; returns mean and timing."""
-    frozen = Frozen(state.params["policy"], state.obs_stats)
-    evaluation = assess(networks.policy, frozen, args.env_id, args.eval_episodes, args.seed, args.variant)
-    network = {name: list(x) if isinstance(x, tuple) else x for name, x in args.network._asdict().items()}
-    about = {"env_id": args.env_id, "script": SCRIPT, "network": network, "args": plain_args(args),
-             "command": command_line(args), "versions": versions()}
-    save_tree(folder / "teacher.msgpack", "model", about | {
-        "role": "teacher", "action_dim": networks.policy.action_dim, "observation_shape": list(observation_shape),
-        "params": state.params, "obs_stats": state.obs_stats and state.obs_stats._asdict(), "evaluation": evaluation})
-    write_json(folder / "results.json", about | timing | {"teacher": evaluation})
-    print(f"{'teacher':<18} {describe(evaluation)}")
-    print(f"{'steps per second':<18} {timing['SPS']:>10.0f}")
-    print(f"{'files':<18} {folder}")
-    return {"teacher": evaluation["mean"]} | timing
+    """Evaluate the teacher, write teacher.safetensors and results.json, print the outcome; returns mean and timing.
+
+    shape: of an observation.
+    """
+    state = jax.device_get(state)
+    result = assess(args, variant, networks.policy, Frozen(state.params["policy"], state.obs_stats))
+    numbers = {"teacher": result["mean"]} | {name: run.logged[name] for name in ("SPS", "seconds")}
+    network = args.network._asdict()
+    model = {"role": "teacher", "network": network, "action_dim": networks.policy.action_dim,
+             "observation_shape": shape, "variant": variant, "evaluation": result}
+    arrays = state.params | ({} if state.obs_stats is None else {"obs_stats": state.obs_stats})
+    save_file(run.folder / "teacher.safetensors", run.about | model, arrays)
+    write_json(run.folder / "results.json", run.about | {"network": network} | numbers | {"teacher": result})
+    levels = f"; {result['train_levels']['mean']:,.1f} on training levels" if "train_levels" in result else ""
+    print(f"{'teacher':<18} {result['mean']:>10,.1f} ± {result['std']:,.1f} "
+          f"({args.eval_episodes} episodes, {result['games']} of them different{levels})")
+    for name in ("SPS", "seconds"):
+        print(f"{name:<18} {numbers[name]:>10,.3f}")
+    print(f"{'files':<18} {run.folder}")
+    return numbers
 
 
 def main(args: Args) -> dict[str, float]:
-    """Trains and evaluates a teacher; returns the single numbers of results.json."""
-    choose_device(args.device)
-    args, saved = restore(args)
+    """Train and evaluate a teacher; returns the single numbers of results.json."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # acting is waited for: handing it over only costs time
+    with suppress(RuntimeError):  # a process that has computed already has its devices
+        jax.config.update("jax_num_cpu_devices", args.num_devices or count_cores())
+    if args.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    saved, arrays = resume(args) if args.resume else (None, {})
     args = resolve(args)
+    variant = {name: getattr(args, name) for name in VARIANTS[suite_of(args.env_id)]}
+
     first = saved["updates"] if saved else 0
     seed = (args.seed + first * args.num_envs) % EVAL_SEED  # going on, it plays new games
-    envs = make_envs(args.env_id, args.num_envs, seed, "training", args.variant)
+    envs = make_envs(args.env_id, args.num_envs, seed, variant, "training")
     states, shape = args.network.kind == "mlp", envs.observation_space.shape
     action_dim = envs.action_space.shape[0] if states else int(envs.action_space.n)
     networks = Networks(Policy(args.network, action_dim), Value(args.network))
     act = act_on_states if states else act_on_images
     state, cursor = init_state(args, networks, shape), start(envs)
     if saved:
-        state = restore_state(args, saved, state, cursor, None)
+        with checked(f"{args.resume} holds no state of this run"):
+            state = fill(state, arrays, "state")
         state = state._replace(discounted=jnp.zeros(args.num_envs))  # its episodes are gone with the simulator
+        cursor.finished.extend(saved["finished"])
 
-    folder = make_folder(args)
-    log = Log(folder, args, first * args.batch_size)
-    timing = saved["timing"] if saved else {"SPS": 0.0, "seconds": 0.0}
-    began = compiled = time.time()
-    before = timing["seconds"]
-    if not saved:
-        save_checkpoint(folder, args, 0, state, cursor, timing, log, None)
-    with closing(log), progress_bar(args, first) as bar, catch_signals() as signals:
-        for number in range(first + 1, args.num_updates + 1):
+    run, signals = Run(args, saved), []
+    if saved:
+        print(saved["note"], file=sys.stderr)
+    bar = trange(first + 1, args.num_updates + 1, initial=first, total=args.num_updates, desc=args.env_id,
+                 unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
+    with closing(run), bar:
+        if not saved:
+            run.save(0, state, cursor.finished)
+        on_signal(signals.append)
+        for iteration in bar:
+            # Collect
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, action_dim), states)
-            policy_step = partial(act, networks.policy, state.params["policy"], state.obs_stats, noise)
+            policy_step = partial(
+                act, args.num_devices, networks.policy, state.params["policy"], state.obs_stats, noise)
             rollout = collect(envs, cursor, policy_step, args.num_steps)
+
+            # Update
             state, metrics = update(args, networks, state._replace(key=key), rollout)
-            check_finite(metrics, number, folder)
+            metrics = {name: float(value) for name, value in metrics.items()}
+            check_finite(metrics, iteration, run.folder)
 
-            now, steps = time.time(), number * args.batch_size
-            if number == first + 1:  # which compiled: the speed is that of the updates after it, or of the run before
-                timing["SPS"], compiled = timing["SPS"] or args.batch_size / (now - began), now
-            else:
-                timing["SPS"] = (number - first - 1) * args.batch_size / (now - compiled)
-            timing["seconds"] = before + now - began
-            episodic_return = float(np.mean(cursor.finished)) if cursor.finished else float("nan")
-            charts = {"charts/episodic_return": episodic_return, "charts/SPS": timing["SPS"]}
-            log.write(steps, timing["seconds"], charts | metrics)
+            # Log
+            episodic_return = np.mean(cursor.finished) if cursor.finished else math.nan
+            run.log(iteration * args.batch_size, {"charts/episodic_return": episodic_return} | metrics)
             bar.set_postfix_str(f"return {episodic_return:.0f}", refresh=False)
-            bar.update(args.batch_size)
-            if (last := number == args.num_updates or bool(signals)) or number % args.checkpoint_every == 0:
-                save_checkpoint(folder, args, number, state, cursor, timing, log, None)
-            if last and signals:
-                stop(folder, signals[0])
-    with catch_signals(partial(stop, folder)):
-        envs.close()
-        return finish(args, networks, state, shape, folder, timing)
+
+            # Save
+            interrupted = bool(signals)
+            if interrupted or iteration % args.checkpoint_every == 0 or iteration == args.num_updates:
+                run.save(iteration, state, cursor.finished)
+            if interrupted:
+                stop(run.folder, signals[0])
+    on_signal(partial(stop, run.folder))
+    if signals:  # one that came while the last checkpoint was saved
+        stop(run.folder, signals[0])
+    envs.close()
+    return finish(args, run, networks, state, variant, shape)
 
 
-def program() -> None:
-    """The command line's program: a file that cannot be written ends it in one line, with exit code 1.
-
-    It ends there and then, since what Python would still write at its exit would fail as well.
-    """
-
-    def give_up(error: BaseException) -> NoReturn:
-        with tqdm.external_write_mode(sys.stderr):  # in place of the progress bar
-            print(f"error: {error}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
-            os._exit(1)
-
-    threading.excepthook = lambda failure: give_up(failure.exc_value)  # a thread writes TensorBoard's events
+if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:  # before training
         raise SystemExit(130) from None
-    except OSError as error:
-        give_up(error)
-
-
-if __name__ == "__main__":
-    program()
+    except OSError as error:  # a full disk
+        raise SystemExit(f"error: {error}; go on from the last checkpoint with --resume") from None

@@ -71,8 +71,8 @@ def distil(args: Args, script: Path, seed: int) -> dict:
     if not (run / "results.json").exists():
         flags = wanted | {
             "env_id": args.env_id, "seed": seed, "student_size": args.student_size, "run_dir": run,
-            "teacher": ROOT / f"teachers/{args.env_id}__100.msgpack"}
-        if any(run.glob("checkpoint*.msgpack")):
+            "teacher": ROOT / f"teachers/{args.env_id}__100.safetensors"}
+        if any(run.glob("checkpoint_*.safetensors")):
             flags = {"resume": run}
         else:  # it ended before its first checkpoint, or has not begun
             shutil.rmtree(run, ignore_errors=True)

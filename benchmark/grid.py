@@ -160,15 +160,15 @@ class Args:
 
 def made_teacher(run: Run) -> Run | None:
     """The run of the grid that a student's teacher comes from; none where its teacher is shipped."""
-    shipped = run.suite != "gymnax" and (ROOT / f"teachers/{run.task}__{run.seed}.msgpack").exists()
+    shipped = run.suite != "gymnax" and (ROOT / f"teachers/{run.task}__{run.seed}.safetensors").exists()
     return None if shipped else run.teacher
 
 
 def teacher_path(run: Run, args: Args) -> str:
     """Where a student's teacher is or will be: shipped, or made by the grid; of gymnax, a folder with one a seed."""
     if made_teacher(run) is None:
-        return f"teachers/{run.task}__{run.seed}.msgpack"
-    return str(args.folder / run.teacher.name) + ("" if run.suite == "gymnax" else "/teacher.msgpack")
+        return f"teachers/{run.task}__{run.seed}.safetensors"
+    return str(args.folder / run.teacher.name) + ("" if run.suite == "gymnax" else "/teacher.safetensors")
 
 
 def command(run: Run, args: Args) -> list[str]:
@@ -257,7 +257,7 @@ class Execution:
                 return
             words = command(run, args)
             (ROOT / args.folder / f"{run.name}.command").write_text(known_command(run, args))
-            if any(folder.glob("checkpoint*.msgpack")):
+            if any(folder.glob("checkpoint_*.safetensors")):
                 words = [*words[:2], "--resume", str(args.folder / run.name)]
             else:  # it ended before its first checkpoint, or has not begun
                 shutil.rmtree(folder, ignore_errors=True)
@@ -388,7 +388,7 @@ def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
 # ======================================================================================================================
 
 PLAYERS = ("teacher", "corrupted_teacher", "student")
-KINDS = ("mean", "std", "train_mean", "train_std", "human_normalised")
+KINDS = ("mean", "std", "games", "train_mean", "train_std", "human_normalised")
 COLUMNS = ["experiment", "suite", "task", "method", "size", "seed", "distill_coef", "teacher_noise_std", "steps",
            "episodes", *(f"{player}_{kind}" for player in PLAYERS for kind in KINDS),
            "steps_per_second", "seconds", "versions", "command"]

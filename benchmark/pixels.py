@@ -10,6 +10,7 @@ as it was at first and as it is at last, means of the first and the last tenth o
 
 import csv
 import dataclasses
+import importlib.metadata
 import json
 import sys
 import tempfile
@@ -49,10 +50,11 @@ class Args:
 
 
 def random_teacher(args: Args, path: Path) -> None:
-    """Writes a teacher of random weights, in the file format of train_teacher.py."""
+    """Write a teacher of random weights, in the file format of train_teacher.py."""
     m = train_teacher
     flags = m.Args(env_id=args.env_id, size="smaller", seed=args.seed)
-    envs = m.make_envs(args.env_id, 1, args.seed, "training", flags.variant)
+    variant = {name: getattr(flags, name) for name in m.VARIANTS[m.suite_of(args.env_id)]}
+    envs = m.make_envs(args.env_id, 1, args.seed, variant, "training")
     policy, value = m.Policy(flags.network, int(envs.action_space.n)), m.Value(flags.network)
     shape = envs.observation_space.shape
     x = jnp.zeros((1, *shape), jnp.uint8)
@@ -60,20 +62,19 @@ def random_teacher(args: Args, path: Path) -> None:
     params = {"policy": policy.init(policy_key, x), "value": value.init(value_key, x)}
     head = params["policy"]["params"]["Dense_1"]
     head["kernel"] = head["kernel"] * args.scale / 0.01
-    m.save_tree(path, "model", {
-        "env_id": args.env_id, "script": "benchmark/pixels", "args": m.plain_args(flags), "role": "teacher",
-        "network": {name: list(x) if isinstance(x, tuple) else x for name, x in flags.network._asdict().items()},
-        "command": "python benchmark/pixels.py", "versions": m.versions(), "action_dim": policy.action_dim,
-        "observation_shape": list(shape), "params": params, "obs_stats": None,
-        "evaluation": {"mean": 0.0, "std": 0.0, "returns": []}})
+    m.save_file(path, {
+        "env_id": args.env_id, "script": "benchmark/pixels", "args": vars(flags), "role": "teacher",
+        "network": flags.network._asdict(), "command": "python benchmark/pixels.py", "action_dim": policy.action_dim,
+        "observation_shape": list(shape), "variant": variant, "versions": {},
+        "evaluation": {"mean": 0.0, "std": 0.0, "games": 0, "returns": []}}, params)
 
 
 def main(args: Args) -> dict[str, dict[str, float]]:
-    """Distils with each method and prints the fall of the KL divergence; returns it."""
+    """Distil with each method and print the fall of the KL divergence; returns it."""
     ppd = ppd_atari if args.env_id == "Pong-v5" else ppd_procgen
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        teacher = Path(folder, "teacher.msgpack")
+        teacher = Path(folder, "teacher.safetensors")
         random_teacher(args, teacher)
         for m in (ppd, student_distill, teacher_distill):
             run, rows = Path(folder, m.__name__), {} if m is ppd else {"log_every": 10}
@@ -92,7 +93,7 @@ def main(args: Args) -> dict[str, dict[str, float]]:
         print(f"{name:<16} {x['first']:.3f} to {x['last']:.3f}: {x['fall']:.0%} less in {x['seconds']:.0f} s")
     if args.json:
         about = {"command": " ".join(["python benchmark/pixels.py", *sys.argv[1:]]), "env_id": args.env_id,
-                 "versions": train_teacher.versions()}
+                 "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "envpool")}}
         Path(args.json).write_text(json.dumps(about | {"kl": found}, indent=2) + "\n")
     return found
 

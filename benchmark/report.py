@@ -1,6 +1,6 @@
 """Every table and figure of the paper from the raw results of the grid, ours beside the paper's, as markdown and PNG.
 
-    python benchmark/report.py                                   # from benchmark/results, into it and the README
+    python benchmark/report.py                                   # from benchmark/results, into it, README.md and docs/
     python benchmark/report.py --results runs/grid/results       # from a grid of your own, into its folder
 
 Scores are fractions of the teacher's return, task by task and seed by seed. Over tasks and seeds they are aggregated by
@@ -41,7 +41,7 @@ class Args:
     results: Path = ROOT / "benchmark/results"
     """folder with {suite}.csv and curves/, as benchmark/grid.py leaves it; report.md and the figures go there"""
     readme: bool = True
-    """bring the README's tables up to date, if the results are the repository's own"""
+    """bring the tables of README.md and docs/ up to date, if the results are the repository's own"""
 
 
 def load(folder: Path) -> pd.DataFrame:
@@ -133,7 +133,10 @@ def returns(rows: pd.DataFrame, player: str, split: str = "") -> str:
 def standard_error(rows: pd.DataFrame, player: str, split: str = "") -> str:
     """Of the mean return of a single run over its episodes, as a cell."""
     name = f"{player}_{split}"
-    return "" if rows.empty else number((rows[f"{name}std"] / rows.episodes**0.5).iloc[0], rows[f"{name}mean"].iloc[0])
+    if rows.empty:
+        return ""
+    games = rows[f"{name}games"].fillna(rows.episodes) if f"{name}games" in rows else rows.episodes
+    return number((rows[f"{name}std"] / games**0.5).iloc[0], rows[f"{name}mean"].iloc[0])
 
 
 def number(value: float, size: float | None = None) -> str:
@@ -408,8 +411,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
     return found
 
 
-def fill_readme(text: str, tables: dict[str, str]) -> str:
-    """The README with each table between its marks, `<!-- report: NAME -->` and `<!-- end -->`, brought up to date."""
+def fill_tables(text: str, tables: dict[str, str]) -> str:
+    """A page with each table between its marks, `<!-- report: NAME -->` and `<!-- end -->`, brought up to date."""
     def fill(match: re.Match) -> str:
         table = tables.get(match[2], "Not run yet.")
         return f"{match[1]}\n{table}\n<!-- end -->"
@@ -418,7 +421,7 @@ def fill_readme(text: str, tables: dict[str, str]) -> str:
 
 
 def main(args: Args) -> None:
-    """Writes report.md, the figures and, from the repository's own results, the README's tables."""
+    """Writes report.md, the figures and, from the repository's own results, the tables of README.md and docs/."""
     runs = load(args.results)
     tables = sections(runs)
     figures = draw(args.results, runs)
@@ -426,8 +429,8 @@ def main(args: Args) -> None:
     (args.results / "report.md").write_text(text + "\n")
     print(text)
     if args.readme and args.results.resolve() == (ROOT / "benchmark/results").resolve():
-        readme = ROOT / "README.md"
-        readme.write_text(fill_readme(readme.read_text(), tables))
+        for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+            page.write_text(fill_tables(page.read_text(), tables))
 
 
 if __name__ == "__main__":

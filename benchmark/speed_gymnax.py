@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -90,7 +91,8 @@ def main(args: Args) -> dict[str, dict[str, float]]:
         print(f"{name:<32} PPO {medians['PPO']:>9,.0f} steps/s   PPD {medians['PPD']:>9,.0f} steps/s   "
               f"{medians['cost']:+.0%} time")
     if args.json:
-        about = {"command": " ".join(["python benchmark/speed_gymnax.py", *sys.argv[1:]]), "versions": m.versions(),
+        about = {"command": " ".join(["python benchmark/speed_gymnax.py", *sys.argv[1:]]),
+                 "versions": {name: version(name) for name in ("jax", "flax", "gymnax")},
                  "devices": len(jax.devices()), "cores": os.cpu_count(), "rounds": args.rounds, "gymnax": found}
         Path(args.json).write_text(json.dumps(about, indent=2) + "\n")
     return found

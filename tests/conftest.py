@@ -1,6 +1,8 @@
 """Makes the scripts importable, keeps the tests on the CPU, where they are exact, and compiles each program only once."""
 
+import csv
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -56,6 +58,39 @@ def small(m, env_id, folder, **flags):
     return m.Args(run_dir=str(folder), **(defaults | network | flags))
 
 
+def small_gymnax(folder, **flags):
+    """Flags of a small run of ppd_gymnax.py: four updates of one teacher, and then of one student."""
+    import ppd_gymnax  # its import makes JAX settle its devices
+
+    return ppd_gymnax.Args(**({
+        "env_id": "CartPole-v1", "num_seeds": 1, "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "teacher_num_steps": 16,
+        "teacher_timesteps": 256, "total_timesteps": 256, "student_hidden": (8,), "eval_episodes": 2, "run_dir": str(folder)} | flags))
+
+
+def words(args):
+    """The command line that says what these flags say."""
+    fields = type(args).__dataclass_fields__
+    said = {name: value for name, value in vars(args).items() if value != fields[name].default}
+    return [word for name, value in said.items() for word in (
+        (f"--{'' if value else 'no-'}{name.replace('_', '-')}",) if isinstance(value, bool) else
+        (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])))]
+
+
+def go_on(m, folder, *flags):
+    """What `python {script} --resume {folder}` does, with further flags."""
+    return m.main(m.parse_args(["--resume", str(folder), *map(str, flags)]))
+
+
+def rows(folder):
+    with open(folder / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoints(folder):
+    """From the oldest to the newest."""
+    return sorted(Path(folder).glob("checkpoint_*.safetensors"))
+
+
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory):
     """Small teachers of the three suites, trained for two updates: real model files, at once."""
@@ -66,7 +101,7 @@ def teachers(tmp_path_factory):
             folder = tmp_path_factory.mktemp("teacher") / "run"
             hidden = {"hidden": (8, 8)} if env_id == "Hopper-v4" else {}
             train_teacher.main(small(train_teacher, env_id, folder, total_timesteps=2 * 4 * 16, **hidden))
-            files[env_id] = folder / "teacher.msgpack"
+            files[env_id] = folder / "teacher.safetensors"
         return files[env_id]
 
     return get
@@ -76,6 +111,31 @@ def teachers(tmp_path_factory):
 def tiny_teacher(teachers):
     """A Hopper teacher with two layers of 8."""
     return teachers("Hopper-v4")
+
+
+@pytest.fixture(scope="session")
+def gymnax_run(tmp_path_factory):
+    """The folder of a small run of ppd_gymnax.py, with its teacher and its student."""
+    folders = []
+
+    def get():
+        if not folders:
+            import ppd_gymnax
+
+            folders.append(tmp_path_factory.mktemp("gymnax") / "run")
+            ppd_gymnax.main(small_gymnax(folders[0]))
+        return folders[0]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Takes back the handlers that a script has set: Ctrl-C is pytest's."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -29,9 +29,8 @@ BAD = [
     (train_teacher, "--env-id CoinrunEasy-v0 --num-levels 0", "--num-levels must lie between 1 and"),
     (train_teacher, "--env-id Hopper-v4 --channels 8 8 8", "--channels is for networks of images; Hopper-v4 has states"),
     (train_teacher, "--env-id Pong-v5 --channels 8 0 8", "hidden layers, and all of 1 to 65536 units, not (8, 0, 8, 256)"),
-    (train_teacher, "--env-id Hopper-v4 --contact-forces True", "--contact-forces is for Humanoid, not for Hopper-v4"),
-    (ppd_mujoco, "--teacher {t} --contact-forces False", "--contact-forces is for Humanoid, not for Hopper-v4"),
-    (student_distill, "--teacher {t} --contact-forces True", "--contact-forces is for Humanoid, not for Hopper-v4"),
+    (train_teacher, "--env-id Hopper-v4 --no-contact-forces", "--no-contact-forces is for Humanoid, not for Hopper-v4"),
+    (train_teacher, "--env-id Pong-v5 --repeat-action-probability 1.5", "--repeat-action-probability must lie between 0 and 1, not 1.5"),
     (train_teacher, "--env-id Pong-v5 --frame-skip 101", "--frame-skip must lie between 1 and 100, not 101"),
     (train_teacher, "--env-id CoinrunEasy-v0 --start-level -1", "--start-level must lie between 0 and"),
     (train_teacher, "--num-envs 100001", "--num-envs must lie between 1 and 100000, not 100001"),
@@ -55,27 +54,32 @@ BAD = [
     (train_teacher, "--hidden", "a network has 1 to 64 hidden layers, and all of 1 to 65536 units, not ()"),
     (train_teacher, "--run-dir {x}", "exists; name another folder, or go on with --resume"),
     (train_teacher, "--run-dir {t}/below", "cannot create"),
-    (train_teacher, "--resume {x}/nowhere", "cannot read {x}/nowhere/checkpoint.msgpack: No such file or directory"),
+    (train_teacher, "--resume {x}/nowhere", "{x}/nowhere holds no checkpoint to go on from"),
     (train_teacher, "--resume {x}/ppd", "is a run of ppd_mujoco.py; go on with that script"),
-    (train_teacher, "--resume {x}/older", "was made by another version of train_teacher.py (KeyError"),
-    (train_teacher, "--resume {x}/before", "was made by another version of train_teacher.py (KeyError 'contact_forces')"),
-    (train_teacher, "--resume {x}/damaged", "{x}/damaged/checkpoint.msgpack is no checkpoint file of this project"),
+    (train_teacher, "--resume {x}/older", "was made by another version of train_teacher.py: KeyError"),
+    (train_teacher, "--resume {x}/before", "was made by another version of train_teacher.py: KeyError 'contact_forces'"),
+    (train_teacher, "--resume {x}/damaged", "cannot read {x}/damaged/checkpoint_000000000000.safetensors: "),
+    (train_teacher, "--resume {x}/whole --device gpu", "--device gpu: JAX finds no GPU"),
+    (train_teacher, "--resume {x}/whole --seed 5", "--seed 5 contradicts {x}/whole, where it is 100"),
+    (train_teacher, "--resume {x}/whole --total-timesteps 5", "--total-timesteps can extend a run, not shorten it: {x}/whole has 1000"),
+    (train_teacher, "--resume {x}/whole --total-timesteps 10000000000000", "--total-timesteps must lie between 1 and"),
     (train_teacher, "--num-envs 1 --num-steps 8 --num-minibatches 8", "into equal parts of at least 2"),
     (train_teacher, "--track", "--track needs Weights & Biases: pip install wandb"),
     (train_teacher, "--device gpu", "--device gpu: JAX finds no GPU"),
     (ppd_mujoco, "--env-id Hoper-v4", "unknown MuJoCo task Hoper-v4; did you mean Hopper-v"),
-    (ppd_mujoco, "--env-id Walker2d-v4", "no teacher of Walker2d-v4 is shipped; train one with `python train_teacher.py"),
+    (ppd_mujoco, "--env-id Walker2d-v4", "train a teacher by `python train_teacher.py --env-id Walker2d-v4` and name its file with --teacher"),
     (ppd_mujoco, "--env-id Ant-v4 --teacher {t}", "is a teacher of Hopper-v4, not of Ant-v4"),
-    (ppd_mujoco, "--teacher {x}/missing", "cannot read {x}/missing: No such file or directory"),
-    (ppd_mujoco, "--teacher {x}", "cannot read {x}: Is a directory"),
-    (ppd_mujoco, "--teacher {x}/short", "{x}/short is no model file of this project, or is cut short"),
-    (ppd_mujoco, "--teacher {x}/flipped", "is damaged: its checksum does not match"),
-    (ppd_mujoco, "--teacher {x}/foreign", "{x}/foreign is no model file of this project, or is cut short"),
-    (ppd_mujoco, "--teacher {x}/empty", "{x}/empty is no model file of this project, or is cut short"),
-    (ppd_mujoco, "--teacher {x}/newer", "version 3"),
+    (ppd_mujoco, "--teacher {x}/missing", "cannot read {x}/missing: "),
+    (ppd_mujoco, "--teacher {x}", "cannot read {x}: "),
+    (ppd_mujoco, "--teacher {x}/short", "cannot read {x}/short: "),
+    (ppd_mujoco, "--teacher {x}/flipped", "cannot read {x}/flipped: it is damaged: its checksum does not match"),
+    (ppd_mujoco, "--teacher {x}/foreign", "cannot read {x}/foreign: "),
+    (ppd_mujoco, "--teacher {x}/empty", "cannot read {x}/empty: "),
+    (ppd_mujoco, "--teacher {x}/newer", "its format is 'proximal-policy-distillation 4', not 'proximal-policy-distillation 3'"),
+    (ppd_mujoco, "--teacher {x}/old.msgpack", "; .msgpack files are of an older version"),
     (ppd_mujoco, "--teacher {x}/discrete", "is no model of a MuJoCo task"),
-    (ppd_mujoco, "--teacher {x}/shapes", "its parameters are not those of the network it describes"),
-    (ppd_mujoco, "--teacher {x}/lacking", "is no model of a MuJoCo task: KeyError"),
+    (ppd_mujoco, "--teacher {x}/shapes", "its policy/params/Dense_1/bias is not finite and of the shape (9,)"),
+    (ppd_mujoco, "--teacher {x}/lacking", "is no model of a MuJoCo task: ValueError its obs_stats/mean is not finite and of the shape (11,)"),
     (ppd_mujoco, "--teacher {x}/nameless", "is no model of a MuJoCo task: KeyError 'env_id'"),
     (ppd_mujoco, "--teacher {x}/elsewhere", "unknown MuJoCo task Hopper-v1"),
     (ppd_mujoco, "--teacher {t} --num-minibatches 5", "--num-minibatches 5 does not divide a rollout of 18 environments x 64"),
@@ -84,39 +88,39 @@ BAD = [
     (ppd_mujoco, "--teacher {t} --teacher-noise-std -1", "--teacher-noise-std must lie between 0 and"),
     (ppd_mujoco, "--teacher {t} --student-hidden 64 0", "hidden layers of 1 to 65536 units, not (64, 0)"),
     (ppd_mujoco, "--teacher {t} --student-hidden 1000000000000", "hidden layers of 1 to 65536 units"),
-    (ppd_mujoco, "--teacher {x}/infinite", "{x}/infinite is no model of a MuJoCo task: ValueError its parameters are not all finite"),
-    (ppd_mujoco, "--teacher {x}/ppd/checkpoint.msgpack", "is a 'checkpoint' file, version 2; needed is 'model', version 2"),
-    (ppd_mujoco, "--resume {x}/ppd", "was made by another version of ppd_mujoco.py (KeyError 'updates')"),
-    (ppd_mujoco, "--resume {t}", "cannot read {t}/checkpoint.msgpack: Not a directory"),
+    (ppd_mujoco, "--teacher {x}/infinite", "{x}/infinite is no model of a MuJoCo task: ValueError its policy/params/Dense_0/bias is not finite"),
+    (ppd_mujoco, "--teacher {x}/ppd/checkpoint_000000000000.safetensors", "is no model of a MuJoCo task: KeyError 'network'"),
+    (ppd_mujoco, "--resume {x}/ppd", "was made by another version of ppd_mujoco.py: KeyError"),
+    (ppd_mujoco, "--resume {t}", "{t} holds no checkpoint to go on from"),
     (ppd_mujoco, "--teacher {t} --run-dir {x}", "exists; name another folder"),
     (ppd_mujoco, "--teacher {t} --device gpu", "--device gpu: JAX finds no GPU"),
     (ppd_mujoco, "--teacher {a}", "is no model of a MuJoCo task"),
     (ppd_atari, "--env-id Pog-v5", "unknown Atari task Pog-v5; did you mean Pong-v5"),
     (ppd_atari, "--env-id Hopper-v4", "unknown Atari task Hopper-v4"),
-    (ppd_atari, "", "no teacher of Pong-v5 is shipped; train one with `python train_teacher.py --env-id Pong-v5`"),
+    (ppd_atari, "", "train a teacher by `python train_teacher.py --env-id Pong-v5` and name its file with --teacher"),
     (ppd_atari, "--teacher {t}", "is no model of an Atari task"),
     (ppd_atari, "--teacher {a} --env-id Qbert-v5", "is a teacher of Pong-v5, not of Qbert-v5"),
     (ppd_atari, "--teacher {a} --frame-skip 0", "--frame-skip must lie between 1 and"),
     (ppd_atari, "--teacher {a} --student-channels 8 8 0", "all of 1 to 65536 units, not (8, 8, 0, 1024)"),
     (ppd_atari, "--teacher {a} --student-hidden 0", "all of 1 to 65536 units"),
-    (ppd_atari, "--teacher {x}/infinite", "is no model of an Atari task: ValueError its network is of the kind mlp"),
-    (ppd_atari, "--teacher {x}/short", "is no model file of this project, or is cut short"),
+    (ppd_atari, "--teacher {x}/infinite", "is no model of an Atari task"),
+    (ppd_atari, "--teacher {x}/short", "cannot read {x}/short: "),
     (ppd_procgen, "--env-id Coinrun-v0", "unknown Procgen task Coinrun-v0; did you mean Coinrun"),
-    (ppd_procgen, "", "no teacher of CoinrunEasy-v0 is shipped"),
-    (ppd_procgen, "--teacher {a}", "unknown Procgen task Pong-v5"),
-    (ppd_procgen, "--teacher {x}/flipped", "is damaged: its checksum does not match"),
+    (ppd_procgen, "", "train a teacher by `python train_teacher.py --env-id CoinrunEasy-v0`"),
+    (ppd_procgen, "--teacher {a}", "{a} is no model of a Procgen task"),
+    (ppd_procgen, "--teacher {x}/flipped", "cannot read {x}/flipped: it is damaged: its checksum does not match"),
     (student_distill, "--env-id Hoper-v4", "unknown task Hoper-v4; did you mean Hopper-v"),
-    (student_distill, "--env-id Walker2d-v4", "no teacher of Walker2d-v4 is shipped"),
+    (student_distill, "--env-id Walker2d-v4", "train a teacher by `python train_teacher.py --env-id Walker2d-v4`"),
     (student_distill, "--teacher {t} --env-id Pong-v5", "is a teacher of Hopper-v4, not of Pong-v5"),
     (student_distill, "--teacher {t} --student-channels 8 8 8", "--student-channels is for networks of images"),
     (student_distill, "--teacher {t} --log-every 0", "--log-every must lie between 1 and"),
-    (student_distill, "--teacher {x}/lacking", "is no model of this project: KeyError"),
-    (student_distill, "--teacher {x}/shapes", "its parameters are not those of the network it describes"),
-    (student_distill, "--teacher {x}/valueless", "holds no value network to learn from"),
+    (student_distill, "--teacher {x}/lacking", "is no teacher: ValueError its obs_stats"),
+    (student_distill, "--teacher {x}/shapes", "its policy/params/Dense_1/bias is not finite and of the shape (9,)"),
+    (student_distill, "--teacher {x}/valueless", "is no teacher: ValueError its value/params/Dense_0/bias is not finite"),
     (student_distill, "--resume {x}/ppd", "is a run of ppd_mujoco.py; go on with that script"),
     (teacher_distill, "--teacher {t} --num-steps 0", "--num-steps must lie between 1 and"),
     (teacher_distill, "--teacher {t} --run-dir {x}", "exists; name another folder"),
-    (teacher_distill, "--teacher {x}/newer", "version 3"),
+    (teacher_distill, "--teacher {x}/newer", "its format is 'proximal-policy-distillation 4'"),
     (teacher_distill, "--teacher {x}/elsewhere", "unknown task Hopper-v1"),
     (teacher_distill, "--teacher {t} --device gpu", "--device gpu: JAX finds no GPU"),
     (ppd_gymnax, "--env-id Breakout", "unknown gymnax task Breakout; did you mean Breakout-MinAtar"),
@@ -132,19 +136,20 @@ BAD = [
     (ppd_gymnax, "--student-hidden 70000", "hidden layers of 1 to 65536 units, not (70000,)"),
     (ppd_gymnax, "--method ppo --teacher {t}", "--method ppo trains teachers; with --teacher there is nothing left to do"),
     (ppd_gymnax, "--method ppo --distill-coef 2", "--distill-coef weighs PPD's term; ppo has none"),
-    (ppd_gymnax, "--teacher {x}", "cannot read {x}/teacher_100.msgpack: No such file or directory"),
+    (ppd_gymnax, "--teacher {x}", "cannot read {x}/teacher_100.safetensors: "),
     (ppd_gymnax, "--teacher-num-envs 0", "--teacher-num-envs must lie between 1 and"),
     (ppd_gymnax, "--num-parts 0", "--num-parts must lie between 1 and"),
     (ppd_gymnax, "--teacher {t}", "is no teacher of Breakout-MinAtar"),
-    (ppd_gymnax, "--teacher {x}/short", "is no model file of this project, or is cut short"),
+    (ppd_gymnax, "--teacher {x}/short", "cannot read {x}/short: "),
     (ppd_gymnax, "--run-dir {x}", "exists; name another folder"),
     (ppd_gymnax, "--resume {x}/ppd", "is a run of ppd_mujoco.py; go on with that script"),
     (ppd_gymnax, "--device gpu", "--device gpu: JAX finds no GPU"),
-    (evaluate, "{x}/missing", "cannot read {x}/missing: No such file or directory"),
-    (evaluate, "{x}/short", "is no model file of this project, or is cut short"),
-    (evaluate, "{x}/infinite", "its parameters are not all finite"),
-    (evaluate, "{x}/skipless", "was trained with a frame_skip of 0, which cannot be"),
-    (evaluate, "{t} --contact-forces True", "--contact-forces is for Humanoid, not for Hopper-v4"),
+    (evaluate, "{x}/missing", "cannot read {x}/missing: "),
+    (evaluate, "{x}/short", "cannot read {x}/short: "),
+    (evaluate, "{x}/infinite", "its policy/params/Dense_0/bias is not finite"),
+    (evaluate, "{x}/skipless", "its frame_skip is 0, which cannot be"),
+    (evaluate, "{x}/old.msgpack", "; .msgpack files are of an older version"),
+    (evaluate, "{t} --repeat-action-probability 0.5", "--repeat-action-probability is for Atari, not for Hopper-v4"),
     (evaluate, "{t} --episodes 0", "--episodes must lie between 1 and"),
     (evaluate, "{t} --seed -1", "--seed must lie between 0 and"),
     (evaluate, "{t} --video {x}/film.avi", "--video writes .gif or .mp4"),
@@ -153,35 +158,50 @@ BAD = [
 ]
 
 
+def save_checkpoint(m, folder, **args):
+    """A checkpoint that has all that is looked at before its arrays are."""
+    flags = vars(m.Args(**args)) | {"run_dir": None}
+    steps = {"bytes": 0, "seconds": 0.0, "wandb_id": ""} | (
+        {"rows": 0, "steps": {"teacher": 0, "student": 0}, "SPS": {"teacher": 0.0, "student": 0.0}} if m is ppd_gymnax else {"step": 0, "SPS": 0.0})
+    folder.mkdir()
+    m.save_file(folder / "checkpoint_000000000000.safetensors", {
+        "script": m.__name__, "args": flags, "updates": 0, "logged": steps, "finished": [], "command": "", "phase": "teacher", "teacher": {}}, {})
+
+
 @pytest.fixture(scope="session")
 def spoiled(tiny_teacher, tmp_path_factory):
-    """A folder with files that are almost a teacher."""
+    """A folder with files that are almost a teacher, and with runs."""
     m, folder, whole = train_teacher, tmp_path_factory.mktemp("spoiled"), tiny_teacher.read_bytes()
-    model = m.load_tree(tiny_teacher, "model")
+    about, arrays = m.read_file(tiny_teacher)
+
+    def save(name, changes=None, arrays=arrays, lacking=()):
+        changed = {key: value for key, value in (about | (changes or {})).items() if key not in lacking}
+        m.save_file(folder / name, changed, {key: value for key, value in arrays.items() if not key.startswith(lacking or "-")})
+
     (folder / "short").write_bytes(whole[: len(whole) // 2])
     (folder / "empty").write_bytes(b"")
     (folder / "foreign").write_bytes(np.random.default_rng(0).bytes(1000))
+    (folder / "old.msgpack").write_bytes(b"\x85\xa6format\xbdproximal-policy-distillation" * 10)
     flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
+    flipped[-1] ^= 1
     (folder / "flipped").write_bytes(flipped)
-    envelope = m.serialization.msgpack_restore(whole)
-    (folder / "newer").write_bytes(m.serialization.msgpack_serialize(envelope | {"version": 3}))
-    m.save_tree(folder / "discrete", "model", model | {"network": model["network"] | {"kind": "impala"}})
-    m.save_tree(folder / "shapes", "model", model | {"network": model["network"] | {"hidden": [8, 9]}})
-    m.save_tree(folder / "valueless", "model", model | {"params": {"policy": model["params"]["policy"]}})
-    m.save_tree(folder / "lacking", "model", {k: v for k, v in model.items() if k != "obs_stats"})
-    m.save_tree(folder / "nameless", "model", {k: v for k, v in model.items() if k != "env_id"})
-    m.save_tree(folder / "elsewhere", "model", model | {"env_id": "Hopper-v1"})
-    flags = {name: value for name, value in m.plain_args(m.Args()).items() if name != "contact_forces"}
-    for name, checkpoint in (("ppd", {"script": "ppd_mujoco"}), ("older", {"script": "train_teacher", "updates": 0, "args": {"gone": 1}}),
+    save("newer", {"format": "proximal-policy-distillation 4"})
+    save("discrete", {"network": about["network"] | {"kind": "impala"}})
+    save("shapes", {"network": about["network"] | {"hidden": [8, 9]}})
+    save("valueless", lacking=("value",))
+    save("lacking", lacking=("obs_stats",))
+    save("nameless", lacking=("env_id",))
+    save("elsewhere", {"env_id": "Hopper-v1"})
+    save("infinite", arrays={name: np.full_like(x, np.inf) for name, x in arrays.items()})
+    save("skipless", {"env_id": "Pong-v5", "variant": {"frame_skip": 0, "repeat_action_probability": 0.0}})
+    save_checkpoint(m, folder / "whole", total_timesteps=1000, num_steps=256, ent_coef=0.0, eval_episodes=1, num_minibatches=1)
+    flags = {name: value for name, value in vars(m.Args()).items() if name != "contact_forces"}
+    for name, checkpoint in (("ppd", {"script": "ppd_mujoco", "env_id": "Hopper-v4"}), ("older", {"script": "train_teacher", "args": {"gone": 1}}),
                              ("before", {"script": "train_teacher", "updates": 0, "args": flags})):
         (folder / name).mkdir()
-        m.save_tree(folder / name / "checkpoint.msgpack", "checkpoint", checkpoint)
-    params = m.jax.tree.map(lambda x: np.full_like(x, np.inf), model["params"])
-    m.save_tree(folder / "infinite", "model", model | {"params": params})
-    m.save_tree(folder / "skipless", "model", model | {"args": model["args"] | {"frame_skip": 0}})
+        m.save_file(folder / name / "checkpoint_000000000000.safetensors", checkpoint, {})
     (folder / "damaged").mkdir()
-    (folder / "damaged/checkpoint.msgpack").write_bytes(b"not a checkpoint")
+    (folder / "damaged/checkpoint_000000000000.safetensors").write_bytes(b"not a checkpoint")
     return folder
 
 
@@ -210,6 +230,41 @@ def test_bad_input(m, flags, message, tiny_teacher, teachers, spoiled, tmp_path,
     assert list(tmp_path.iterdir()) == [] and listing(spoiled) == before
 
 
+@pytest.mark.parametrize("m", [train_teacher, ppd_mujoco, ppd_atari, ppd_procgen, student_distill, teacher_distill, ppd_gymnax],
+                         ids=lambda m: m.__name__)
+def test_flags_that_contradict_the_run(m, tmp_path, capsys):
+    """Each flag in turn beside --resume: those of learning must be the run's, those of the machine and of output may change."""
+    save_checkpoint(m, tmp_path / "run", total_timesteps=1000)
+    others = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2 + 0.125, str: lambda x: x + "x",
+              tuple: lambda x: (*x, 3), type(None): lambda x: 3}
+    before = listing(tmp_path)
+    may_change = {"device", "num_devices", "checkpoint_every", "eval_episodes", "track", "wandb_project_name", "wandb_entity"}
+    may_change |= set() if m is ppd_gymnax else {"total_timesteps"}  # whose parts are of its length
+    for field in m.dataclasses.fields(m.Args):
+        if field.name == "resume":
+            continue
+        old = 1000 if field.name == "total_timesteps" else field.default
+        new = others[type(old)](old)
+        if "Literal" in str(field.type):
+            new = next(x for x in field.type.__args__ if x != old)
+        if field.type == tuple[int, int, int] | None:
+            new = (3, 4, 5)
+        flag = f"--{field.name.replace('_', '-')}"
+        argv = [f"--no-{flag[2:]}"] if new is False else [flag] if new is True else [flag, *map(str, new if isinstance(new, tuple) else (new,))]
+        args = m.parse_args(["--resume", str(tmp_path / "run"), *argv])
+        assert getattr(args, field.name) in (new, str(new), (new,)), flag
+        if field.name in may_change:
+            m.resume(args)
+            assert "error" not in capsys.readouterr().err
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                m.resume(args)
+            error = capsys.readouterr().err
+            assert stopped.value.code == 2 and error.count("\n") == 1, flag
+            assert error.startswith(f"error: {flag} {getattr(args, field.name)} contradicts {tmp_path}/run, where it is {old}"), error
+    assert listing(tmp_path) == before
+
+
 def test_a_bad_command_line_ends_quickly_and_without_a_traceback(tmp_path):
     """From the shell, where nothing is imported yet."""
     run = subprocess.run([sys.executable, ROOT / "ppd_mujoco.py", "--env-id", "Hoper-v4"], cwd=tmp_path, capture_output=True,
@@ -226,14 +281,18 @@ def test_without_envpool_the_line_says_what_to_install(tmp_path):
     assert run.returncode == 2 and "apt-get install libegl1 libopengl0" in run.stderr and run.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("m", [ppd_procgen, train_teacher, student_distill, teacher_distill, evaluate])
+@pytest.mark.parametrize("m", [ppd_procgen, train_teacher, evaluate])  # student_distill.py's is train_teacher.py's
 def test_without_qt_the_line_says_what_to_install(m, monkeypatch, capsys):
-    """envpool imports its Procgen, and that Qt, only when such a task is made."""
+    """envpool imports its Procgen, and that Qt, only when such a task is looked at."""
 
     def fails(*args, **flags):
         raise ImportError("libQt5Gui.so.5: cannot open shared object file")
 
-    monkeypatch.setattr(m.import_envpool(), "make_gymnasium", fails)
-    with pytest.raises(SystemExit) as stopped:
-        m.make_envs("CoinrunEasy-v0", 1, 0, *((0, 200) if m is ppd_procgen else ("training", m.Variant(None, 0, 200))))
-    assert stopped.value.code == 2 and "apt-get install libqt5gui5" in capsys.readouterr().err
+    for name in ("make_gymnasium", "make_spec"):
+        monkeypatch.setattr(m.import_envpool(), name, fails)
+    looks = [] if m is train_teacher else [lambda: m.task_shape("CoinrunEasy-v0")]
+    looks += [] if m is ppd_procgen else [lambda: m.make_envs("CoinrunEasy-v0", 1, 0, {"start_level": 0, "num_levels": 200}, "training")]
+    for look in looks:
+        with pytest.raises(SystemExit) as stopped:
+            look()
+        assert stopped.value.code == 2 and "apt-get install libqt5gui5" in capsys.readouterr().err

@@ -1,9 +1,9 @@
 """The paper's default of every hyperparameter, for every task and script, in one table (appendix A)."""
 
-import json
-
+import numpy as np
 import pytest
 from conftest import ROOT, needs_procgen
+from test_learning import made_up_teacher
 
 import evaluate
 import ppd_atari
@@ -33,7 +33,7 @@ def teacher(env_id):
     return PPO | suite_flags(env_id) | {
         "num_steps": steps, "num_minibatches": 18 * steps // 512, "gamma": 0.995, "size": "same", "frame_skip": 4, "start_level": 0,
         "num_levels": 200, "ent_coef": 0.01 if env_id in (*ATARI, *PROCGEN, *SLOW) else 0.0,
-        "total_timesteps": 30_000_000 if env_id in PROCGEN else 10_000_000, "contact_forces": True if env_id == "Humanoid-v4" else None}
+        "total_timesteps": 30_000_000 if env_id in PROCGEN else 10_000_000, "contact_forces": True, "repeat_action_probability": 0.0}
 
 
 def ppd(env_id):
@@ -61,39 +61,73 @@ def test_defaults_are_the_paper_s(m, env_id, expected):
 def test_the_table_covers_every_flag_of_learning(m):
     table = {name for script, _, expected in TABLE if script is m for name in expected}
     others = {"env_id", "seed", "device", "teacher", "run_dir", "resume", "checkpoint_every", "log_every", "track", "wandb_project_name",
-              "wandb_entity", "teacher_noise_seed", "hidden", "channels", "student_hidden", "student_channels"}
-    inherited = set() if m is train_teacher else {"frame_skip", "start_level", "num_levels", "contact_forces"}  # from the teacher's file
+              "wandb_entity", "teacher_noise_seed", "hidden", "channels", "student_hidden", "student_channels", "num_devices"}
+    inherited = set() if m is train_teacher else {"frame_skip", "start_level", "num_levels", "repeat_action_probability"}  # from the teacher's file
     assert set(m.Args.__dataclass_fields__) - table - others - inherited == set()
 
 
-@pytest.mark.parametrize(("env_id", "flags"), [
-    ("Pong-v5", {"frame_skip": 1}),
+class Made(Exception):
+    """Raised where the environments would be made."""
+
+
+def played(m, monkeypatch, **flags):
+    """How a script's environments would be played."""
+
+    def make_envs(env_id, num_envs, seed, variant, *rest, **options):
+        raise Made(variant)
+
+    monkeypatch.setattr(m, "make_envs", make_envs)
+    with pytest.raises(Made) as made:
+        m.main(m.Args(**flags))
+    return made.value.args[0]
+
+
+@pytest.mark.parametrize(("env_id", "variant"), [
+    ("Pong-v5", {"frame_skip": 1, "repeat_action_probability": 0.25}),
     pytest.param("CoinrunEasy-v0", {"start_level": 7, "num_levels": 3}, marks=needs_procgen)])
-def test_a_student_plays_as_its_teacher_did(env_id, flags, teachers, tmp_path):
-    model = train_teacher.load_tree(teachers(env_id), "model")
-    train_teacher.save_tree(tmp_path / "teacher", "model", model | {"args": model["args"] | flags})
-    own = ppd_atari if env_id == "Pong-v5" else ppd_procgen
-    for m in (own, student_distill, teacher_distill):
-        args = m.load_teacher(m.Args(teacher=str(tmp_path / "teacher")))[0]
-        assert all(getattr(args, name) == value for name, value in flags.items() if hasattr(args, name))
-        asked = m.load_teacher(m.Args(teacher=str(tmp_path / "teacher"), **({"frame_skip": 2} if hasattr(args, "frame_skip") else {})))[0]
-        assert getattr(asked, "frame_skip", 2) == 2
+def test_a_student_plays_as_its_teacher_did_unless_told_otherwise(env_id, variant, tmp_path, monkeypatch):
+    path = made_up_teacher(env_id, tmp_path / "teacher.safetensors", variant)
+    for m in (ppd_atari if env_id == "Pong-v5" else ppd_procgen, student_distill, teacher_distill):
+        assert played(m, monkeypatch, teacher=str(path)) == variant
+        name, value = ("frame_skip", 2) if env_id == "Pong-v5" else ("num_levels", 5)
+        assert played(m, monkeypatch, teacher=str(path), **{name: value}) == variant | {name: value}
 
 
-@pytest.mark.parametrize("m", [ppd_mujoco, student_distill, teacher_distill])
-def test_a_student_feels_the_contact_forces_that_its_teacher_felt(m, tmp_path):
-    """A teacher from before there was the flag learned from zeros in their place."""
-    model = train_teacher.load_tree(ROOT / "teachers/Humanoid-v4__100.msgpack", "model")
-    model["args"].pop("contact_forces", None)
-    for told, expected in (({}, False), ({"contact_forces": True}, True), ({"contact_forces": "yes"}, False)):
-        train_teacher.save_tree(tmp_path / "teacher", "model", model | {"args": model["args"] | told})
-        assert m.load_teacher(m.Args(teacher=str(tmp_path / "teacher")))[0].contact_forces is expected
-        assert m.load_teacher(m.Args(teacher=str(tmp_path / "teacher"), contact_forces=True))[0].contact_forces is True
-    assert m.load_teacher(m.Args(env_id="Hopper-v4"))[0].contact_forces is None
+@pytest.mark.parametrize("m", [ppd_mujoco, student_distill])
+@pytest.mark.parametrize("contact_forces", [False, True])
+def test_a_student_feels_the_contact_forces_that_its_teacher_felt(m, contact_forces, tmp_path, monkeypatch):
+    about, arrays = train_teacher.read_file(ROOT / "teachers/Humanoid-v4__100.safetensors")
+    path, variant = tmp_path / "teacher.safetensors", {"contact_forces": contact_forces}
+    train_teacher.save_file(path, about | {"variant": variant}, arrays)
+    assert played(m, monkeypatch, teacher=str(path)) == variant
 
 
-def test_an_evaluation_unlike_the_training_says_so(tmp_path, capsys):
-    for told in (False, None):
-        evaluate.main(evaluate.Args(model=str(ROOT / "teachers/Humanoid-v4__100.msgpack"), episodes=1, contact_forces=told, json=str(tmp_path / "x")))
-        assert ("this is without contact forces, unlike its training" in capsys.readouterr().out) is (told is False)
-        assert json.loads((tmp_path / "x").read_text())["contact_forces"] is (told is None)
+def test_an_evaluation_plays_as_the_file_says(tmp_path, monkeypatch):
+    for contact_forces in (False, True):
+        model = made_up_teacher("Humanoid-v4", tmp_path / "model", {"contact_forces": contact_forces})
+        assert played(evaluate, monkeypatch, model=str(model)) == {"contact_forces": contact_forces}
+    variant = {"frame_skip": 2, "repeat_action_probability": 0.25}
+    model = made_up_teacher("Pong-v5", tmp_path / "model", variant)
+    assert played(evaluate, monkeypatch, model=str(model)) == variant
+    asked = played(evaluate, monkeypatch, model=str(model), repeat_action_probability=0.0)
+    assert asked == variant | {"repeat_action_probability": 0.0}
+
+
+def test_a_teacher_observes_contact_forces_unless_told_otherwise(monkeypatch):
+    m = train_teacher
+    assert played(m, monkeypatch, env_id="Humanoid-v4") == {"contact_forces": True}
+    assert not m.parse_args(["--env-id", "Humanoid-v4", "--no-contact-forces"]).contact_forces
+    assert played(m, monkeypatch, env_id="Humanoid-v4", contact_forces=False) == {"contact_forces": False}
+
+
+@pytest.mark.parametrize("m", [ppd_atari, train_teacher])
+def test_sticky_actions_reach_the_simulator(m):
+    """The same seed and actions give another game where the last action is repeated now and then."""
+    split = () if m is ppd_atari else ("evaluation",)
+    seen = []
+    for probability in (0.0, 0.0, 0.25):
+        envs = m.make_envs("Pong-v5", 1, 0, {"frame_skip": 4, "repeat_action_probability": probability}, *split)
+        rng = np.random.default_rng(0)
+        m.reset(envs)
+        seen.append([m.step(envs, rng.integers(0, 6, 1).astype(np.int32))[0].sum() for _ in range(60)])
+    assert seen[0] == seen[1] != seen[2]

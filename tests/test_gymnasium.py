@@ -12,12 +12,12 @@ HIDDEN = {"Ant-v4": 2, "HalfCheetah-v4": 1, "Hopper-v4": 1, "Humanoid-v4": 2, "S
 TOLERANCE = {"Ant-v4": 1e-2, "Humanoid-v4": 1e-3}  # contacts: their solvers are of different versions of MuJoCo
 
 
-def both(m, env_id, contact_forces=None):
+def both(m, env_id, contact_forces=True):
     """Our environment and Gymnasium's in the same state."""
     if m is ppd_mujoco:
-        envs = m.make_envs(env_id, 1, 3, True if contact_forces is None else contact_forces)
+        envs = m.make_envs(env_id, 1, 3, {"contact_forces": contact_forces})
     else:
-        envs = m.make_envs(env_id, 1, 3, "training", m.resolve(m.Args(env_id=env_id, contact_forces=contact_forces)).variant)
+        envs = m.make_envs(env_id, 1, 3, {"contact_forces": contact_forces}, "training")
     theirs = gymnasium.make(env_id).unwrapped
     theirs.reset(seed=0)
     seen, hidden, sizes = envs.reset()[0][0], HIDDEN[env_id], (theirs.model.nq, theirs.model.nv)

@@ -1,23 +1,32 @@
 """Whatever bytes a model file or a checkpoint has: one line on stderr and exit code 2, or a model that can be used.
 
 Cut short, with a flipped bit, foreign, or with a right checksum over wrong content: nothing raises another exception, takes
-memory that the file does not have, or runs code.
+memory that the file does not have, writes a file, or runs code.
+
+All scripts read bytes by the same `read_file` (test_shared_blocks.py), for which ppd_mujoco.py stands, with a model and a
+checkpoint. What they make of the content differs, so each reader of models is tried with wrong content; teacher_distill.py's
+is student_distill.py's. Of the readers of checkpoints ppd_mujoco.py stands for the students that learn by PPO,
+student_distill.py for the baselines, train_teacher.py for a run without a teacher, and ppd_gymnax.py for itself.
 """
 
 import contextlib
 import copy
-import hashlib
 import io
+import json
 import os
 import pickle
 import resource
+import shutil
+import struct
+import time
+import zlib
 from collections import deque
 
 import jax
-import msgpack
 import numpy as np
 import pytest
-from conftest import needs_procgen, small
+import safetensors.numpy
+from conftest import checkpoints, needs_procgen, small, small_gymnax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,45 +36,72 @@ import ppd_gymnax
 import ppd_mujoco
 import ppd_procgen
 import student_distill
-import teacher_distill
 import train_teacher
 
-quick = settings(max_examples=25, deadline=None, database=None, derandomize=True)
+quick = settings(max_examples=15, deadline=None, database=None, derandomize=True)
+
+
+class Reached(Exception):
+    """The content was taken, and the work would begin."""
 
 
 class Reader:
     """How one script reads one kind of file: calling it gives None where the content can be used, else the error's line."""
 
-    def __init__(self, kind, whole, read, folder):
-        self.kind, self.whole, self.read = kind, whole, read
-        self.path = folder / ("checkpoint.msgpack" if kind == "checkpoint" else "model.msgpack")
-        self.tree = train_teacher.serialization.msgpack_restore(train_teacher.serialization.msgpack_restore(whole)["payload"])
-        self.tried = 0
+    def __init__(self, path, read):
+        self.path, self.read, self.whole = path, read, path.read_bytes()
+        self.about, self.arrays = ppd_mujoco.read_file(path)
+        self.kept, self.tried = listing(path.parent), 0
 
     def __call__(self, content):
+        folder, stderr = self.path.parent, io.StringIO()
         self.path.write_bytes(content)
         self.tried += 1
-        stderr = io.StringIO()
         try:
-            with contextlib.redirect_stderr(stderr):
+            with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
                 self.read(self.path)
         except SystemExit as stopped:
-            error = stderr.getvalue()
-            assert stopped.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-            assert len(error) < 1_100
+            *notes, error = stderr.getvalue().splitlines(keepends=True)
+            assert stopped.code == 2 and error.startswith("error: ") and error.endswith("\n"), (stopped.code, stderr.getvalue())
+            assert len(error) < 1_100 and all(note.startswith("going on from ") for note in notes)
+            assert listing(folder) == self.kept | {self.path.name: content}
             return error
-        assert stderr.getvalue() == ""
-        return None
+        except Reached:
+            return None
+        finally:
+            if set(listing(folder)) != set(self.kept):  # a run has begun
+                shutil.rmtree(folder)
+                folder.mkdir()
+                for name, data in self.kept.items():
+                    (folder / name).write_bytes(data)
+        raise AssertionError("neither taken nor refused")
+
+    def complaints(self, cases):
+        """What is wrong with how it takes these contents, by what was changed; vital ones it must refuse."""
+        found = []
+        for changed, content, vital in cases:
+            try:
+                if self(content) is None and vital:
+                    found.append(f"{changed}: taken")
+            except Exception as error:  # what the program would end with
+                found.append(f"{changed}: {type(error).__name__} {error}"[:200])
+        return found
 
 
-def sealed(kind, payload, /, **envelope):
+def listing(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sealed(about, arrays):
     """A file with a right checksum."""
-    return msgpack.packb({"format": train_teacher.FORMAT, "version": train_teacher.VERSION, "kind": kind,
-                          "sha256": hashlib.sha256(payload).hexdigest(), "payload": payload} | envelope)
+    header = {"about": about if isinstance(about, str) else json.dumps(about)}
+    header["crc32"] = str(zlib.crc32(safetensors.numpy.save(arrays, header)))
+    return safetensors.numpy.save(arrays, header)
 
 
-def packed(tree):
-    return train_teacher.serialization.msgpack_serialize(tree)
+def raw(header, data=b"", size=None):
+    """A file with this header, which claims to be of that size."""
+    return struct.pack("<Q", len(header) if size is None else size) + header + data
 
 
 def leaves(tree, path=()):
@@ -74,6 +110,9 @@ def leaves(tree, path=()):
     for name, value in items:
         yield *path, name
         yield from leaves(value, (*path, name))
+
+
+DELETED = object()
 
 
 def replaced(tree, path, value):
@@ -88,19 +127,6 @@ def replaced(tree, path, value):
     return tree
 
 
-def at(tree, path):
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-DELETED = object()
-
-
-def array(shape, dtype, data=b""):
-    return msgpack.ExtType(1, msgpack.packb((shape, dtype, data)))
-
-
 def nested(times):
     value = 0
     for _ in range(times):
@@ -108,25 +134,30 @@ def nested(times):
     return value
 
 
-# What a value of a file is replaced by
+# What a value of the JSON is replaced by
 VALUES = {
-    "deleted": DELETED, "none": None, "true": True, "minus one": -1, "zero": 0, "large": 2**63 - 1, "half": 0.5, "nan": float("nan"),
-    "infinite": float("inf"), "text": "text", "lines": "two\nlines \x1b[31m", "bytes": b"\xff" * 10, "list": [], "dict": {},
-    "long list": [1] * 5000, "nested": nested(200), "numbers": np.arange(3), "not finite": np.full((8, 8), np.nan, np.float32),
-    "doubles": np.zeros((8, 8)), "complex": 1j, "no numbers": np.array(["a", "b"]), "scalar": np.float32(1.0),
-    "huge": array((2**60,), "float32"), "huge and empty": array((0, 2**62), "float32"), "negative": array((-1, -1), "float32"),
-    "objects": array((1,), "O", bytes(8)), "void": array((1,), "V0"), "records": array((1,), "f4," * 500, bytes(2000)),
-    "dates": array((1,), "datetime64[D]", bytes(8)), "no dtype": array((1,), "nope", bytes(8)), "no array": msgpack.ExtType(1, b""),
-    "no complex": msgpack.ExtType(2, b"\x05"), "unknown": msgpack.ExtType(77, b"x"),
-    "chunks": {"__msgpack_chunked_array__": True, "shape": {"0": 2**50}, "chunks": {}},
-    "chunk": {"__msgpack_chunked_array__": True, "shape": {"0": 2**50}, "chunks": {"0": np.zeros(1, np.float32)}},
+    "deleted": DELETED, "none": None, "true": True, "minus one": -1, "zero": 0, "large": 2**63 - 1, "enormous": 10**400, "half": 0.5,
+    "nan": float("nan"), "infinite": float("inf"), "text": "text", "lines": "two\nlines \x1b[31m", "list": [], "dict": {},
+    "long list": [1] * 5000, "numbers": [8, 8.5], "mixed": [8, "a"], "texts": ["a", "b"], "nested": nested(200),
 }
-# What claims to be larger or deeper than it is
+# What an array is replaced by
+ARRAYS = {
+    "deleted": lambda x: DELETED, "longer": lambda x: np.concatenate([x.reshape(-1), x.reshape(-1)]), "empty": lambda x: x.reshape(-1)[:0],
+    "another shape": lambda x: x[None], "doubles": lambda x: x.astype(np.float64), "numbers": lambda x: x.astype(np.int64),
+    "booleans": lambda x: x.astype(bool),
+}
+# Headers that claim what is not so, or are no headers
+TENSOR = '{{"dtype":"{}","shape":{},"data_offsets":{}}}'
 RAW = {
-    "empty": b"", "array": b"\xdd\xff\xff\xff\xff", "map": b"\xdf\xff\xff\xff\xff", "text": b"\xdb\xff\xff\xff\xff",
-    "bytes": b"\xc6\xff\xff\xff\xff", "extension": b"\xc9\xff\xff\xff\xff\x01", "deep lists": b"\x91" * 100_000 + b"\x90",
-    "deep maps": b"\x81\xa1a" * 100_000 + b"\x90", "number": b"\x05", "list": b"\x90", "half": b"\x81",
-}
+    "no header": b"", "huge header": raw(b"{}", size=2**63), "large header": raw(b"{}", size=10**8), "a list": raw(b"[]"),
+    "deep": raw(b'{"a":' * 50_000), "no UTF-8": raw(b'{"\xff":1}'), "numbers for text": raw(b'{"__metadata__":{"about":5}}'),
+    "no text": raw(b'{"__metadata__":{"about":"{"}}'), "deep text": raw(b'{"__metadata__":{"about":"' + b"[" * 100_000 + b'"}}'),
+    "a long number": raw(b'{"__metadata__":{"about":"' + b"9" * 100_000 + b'"}}'), "no object": raw(b'{"__metadata__":{"about":"5"}}'),
+} | {name: raw(('{"policy/x":' + TENSOR.format(*claim) + "}").encode(), b"12345678") for name, claim in {
+    "beyond the end": ("F32", [2**40], [0, 2**42]), "backwards": ("F32", [2], [8, 0]), "overflow": ("F32", [2**62, 4], [0, 8]),
+    "huge and empty": ("F32", [0, 2**62], [0, 0]), "many dimensions": ("F32", [1] * 500 + [2], [0, 8]), "negative": ("F32", [-2], [0, 8]),
+    "no type": ("O", [1], [0, 8]), "no type of NumPy": ("BF16", [4], [0, 8]), "overlap": ("F32", [1], [2, 6]),
+}.items()}
 
 
 class Evil:
@@ -136,106 +167,136 @@ class Evil:
         return os.system, ("touch pickle_was_here",)
 
 
-def reader_of_models(m, env_id, teachers, gymnax_teacher, folder):
-    path = gymnax_teacher if m is ppd_gymnax or env_id == "CartPole-v1" else teachers(env_id)
+class Envs:
+    """In place of envpool's, which trusts its caller; any call that it would not survive fails here."""
+
+    class Space:
+        def __init__(self, *shape):
+            self.shape = shape
+
+    observation_space, action_space = Space(11), Space(3)
+
+    def __init__(self, env_id, num_envs, seed, variant, *split):
+        assert type(env_id) is str and 1 <= num_envs <= 10**5 and 0 <= seed and seed + num_envs <= 2**31
+        ranges = {"contact_forces": (0, 1), "frame_skip": (1, 100), "repeat_action_probability": (0, 1), "start_level": (0, 10**9),
+                  "num_levels": (1, 10**9)}
+        for name, (low, high) in ranges.items():
+            assert low <= variant.get(name, low) <= high and (name.startswith("repeat") or type(variant.get(name, low)) in (int, bool)), name
+
+    def close(self):
+        pass
+
+
+def reader_of_models(m, env_id, path, folder):
+    """Reads as main does, up to the first environment."""
+    (folder / "model.safetensors").write_bytes(path.read_bytes())
+
+    def reached(*args, **flags):
+        if m not in (evaluate, ppd_gymnax):
+            Envs(*args)
+        if m is not evaluate:
+            raise Reached
+        return {"mean": 0.0, "std": 0.0, "returns": [0.0]}  # and it prints what the file says
 
     def read(path):
-        if m is evaluate:
-            model, policy, _ = m.load_policy(path)
-            m.check_fit(path, model, policy)
-            m.make_variant(path, model["args"])
-        elif m is ppd_gymnax:
-            m.load_teachers(m.resolve(m.Args(env_id=env_id, teacher=str(path))))
-        else:
-            m.resolve(m.load_teacher(m.Args(env_id=env_id, teacher=str(path)))[0])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(m, {evaluate: "assess", ppd_gymnax: "Run"}.get(m, "make_envs"), reached)
+            if m is evaluate:
+                m.main(m.Args(model=str(path), json=str(path.parent / "json")))
+                raise Reached
+            run = str(path.parent / "run")
+            m.main(small_gymnax(run, teacher=str(path)) if m is ppd_gymnax else m.Args(teacher=str(path), run_dir=run))
 
-    return Reader("model", path.read_bytes(), read, folder)
+    return Reader(folder / "model.safetensors", read)
 
 
-def reader_of_checkpoints(m, env_id, teachers, gymnax_teacher, folder, make):
-    """Reads as main does, up to the first environment; the fresh state that a checkpoint's replaces is made once."""
-    flags = {} if m in (train_teacher, ppd_gymnax) else {"teacher": str(teachers(env_id))}
+def reader_of_checkpoints(m, env_id, teacher, folder):
+    """Reads as main does, and logs a row, as the first update would."""
     if m is ppd_gymnax:
-        args = make(folder / "run", seed=7)
+        shutil.copytree(teacher.parent, folder / "run")
     else:
-        args = small(m, env_id, folder / "run", total_timesteps=1, **flags)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        m.main(args)
-    whole = (folder / "run/checkpoint.msgpack").read_bytes()
-    (folder / "run/checkpoint_previous.msgpack").unlink()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            m.main(small(m, env_id, folder / "run", **({} if m is train_teacher else {"teacher": str(teacher)})))
+    newest = checkpoints(folder / "run")[-1]
+    for path in (folder / "run").iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path not in (newest, folder / "run/progress.csv"):
+            path.unlink()
+    made = {}
 
-    def prepare(args):
-        if m is train_teacher:
-            args = m.resolve(args)
-            networks = m.Networks(m.Policy(args.network, 3), m.Value(args.network))
-            return args, m.init_state(args, networks, (11,)), None
-        if m is ppd_gymnax:
-            return m.resolve(args), m.make_networks(args.env_id, m.teacher_args(args).network), None
-        args, *found = m.load_teacher(args)
-        args = m.resolve(args)
-        if m is ppd_mujoco:
-            policy, original = found
-            networks = m.Networks(m.Policy(args.hidden, policy.action_dim), m.Value(args.hidden), policy)
-            return args, m.init_state(args, networks, 11), m.fingerprint(original)
-        networks, original, value = found
-        return args, m.init_state(args, networks, (11,)), m.fingerprint((original, value))
+    class Run(m.Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made["run"] = self
 
-    template = prepare(m.restore(m.Args(resume=str(folder / "run")))[0])[1:]
+    class Loop:
+        def __init__(self, first, end, **_):
+            self.first = first
+
+        def __enter__(self):
+            assert self.first >= 1, f"its first update is {self.first}"
+            finished = made["cursor"].finished
+            made["run"].log(self.first * 64, {"charts/episodic_return": float(np.mean(finished)) if finished else np.nan})
+            raise Reached
+
+        def __exit__(self, *args):
+            pass
+
+    def start(envs):
+        made["cursor"] = m.Cursor(np.zeros((4, 11), np.float32), np.zeros(4, bool), np.zeros(4), deque(maxlen=100))
+        return made["cursor"]
+
+    def fit(args, networks, teacher, start, run, signals):
+        run.log("teacher" if teacher is None else "student", (start[0] + 1) * 64, [(args.seed, 1.0)], {"losses/loss": np.ones(1)})
+        raise Reached
+
+    stubs = {"fit": fit, "on_signal": print} if m is ppd_gymnax else {"make_envs": Envs, "start": start, "trange": Loop, "Run": Run}
 
     def read(path):
-        args, saved = m.restore(m.Args(resume=str(path.parent)))
-        if m not in (train_teacher, ppd_gymnax):
-            args = m.load_teacher(args)[0]
-        args = m.resolve(args)
-        if m is ppd_gymnax:
-            m.check_saved(args, saved, template[0], None)
-        else:
-            cursor = m.Cursor(np.zeros((4, 11)), np.zeros(4, bool), np.zeros(4), deque(maxlen=100))
-            m.restore_state(args, saved, template[0], cursor, template[1])
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in stubs.items():
+                patch.setattr(m, name, value)
+            m.main(m.parse_args(["--resume", str(path.parent)]))
 
-    return Reader("checkpoint", whole, read, folder / "run")
+    return Reader(newest, read)
 
 
-MODELS = [(ppd_mujoco, "Hopper-v4"), (teacher_distill, "Hopper-v4"), (student_distill, "Pong-v5"), (ppd_atari, "Pong-v5"),
-          (ppd_procgen, "CoinrunEasy-v0"), (evaluate, "Hopper-v4"), (evaluate, "CartPole-v1"), (ppd_gymnax, "CartPole-v1")]
+MODELS = [(ppd_mujoco, "Hopper-v4"), (student_distill, "Hopper-v4"), (student_distill, "Pong-v5"), (ppd_atari, "Pong-v5"),
+          (ppd_procgen, "CoinrunEasy-v0"), (evaluate, "Hopper-v4"), (evaluate, "Pong-v5"), (evaluate, "CartPole-v1"),
+          (ppd_gymnax, "CartPole-v1")]
 RESUMED = [(train_teacher, "Hopper-v4"), (ppd_mujoco, "Hopper-v4"), (student_distill, "Hopper-v4"), (ppd_gymnax, "CartPole-v1")]
 READERS = [pytest.param(kind, m, env_id, id=f"{m.__name__}-{env_id}-{kind}", marks=[needs_procgen] if "Coin" in env_id else [])
            for kind, cases in (("model", MODELS), ("checkpoint", RESUMED)) for m, env_id in cases]
+OF_MODELS = [case for case in READERS if case.values[0] == "model"]
+OF_CHECKPOINTS = [case for case in READERS if case.values[0] == "checkpoint"]
+OF_BYTES = [case for case in READERS if case.values[1] is ppd_mujoco]
 
 
 @pytest.fixture(scope="module")
-def readers(teachers, tmp_path_factory):
+def readers(teachers, gymnax_run, tmp_path_factory):
     """Readers by case, each made once."""
-    made, gymnax_files = {}, []
-
-    def make_gymnax(folder, **flags):
-        return ppd_gymnax.Args(**({
-            "env_id": "CartPole-v1", "num_seeds": 1, "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "teacher_num_steps": 16,
-            "teacher_timesteps": 64, "total_timesteps": 64, "student_hidden": (8,), "eval_episodes": 1, "run_dir": str(folder)} | flags))
+    made = {}
 
     def get(kind, m, env_id):
         if (kind, m, env_id) not in made:
-            if not gymnax_files and env_id == "CartPole-v1":
-                folder = tmp_path_factory.mktemp("gymnax") / "run"
-                ppd_gymnax.main(make_gymnax(folder))
-                gymnax_files.append(folder / "teacher_100.msgpack")
-            rest = teachers, gymnax_files[-1] if gymnax_files else None, tmp_path_factory.mktemp("file")
-            made[kind, m, env_id] = (
-                reader_of_models(m, env_id, *rest) if kind == "model" else reader_of_checkpoints(m, env_id, *rest, make_gymnax))
+            teacher = gymnax_run() / "teacher_100.safetensors" if env_id == "CartPole-v1" else teachers(env_id)
+            make = reader_of_models if kind == "model" else reader_of_checkpoints
+            made[kind, m, env_id] = make(m, env_id, teacher, tmp_path_factory.mktemp("file"))
         return made[kind, m, env_id]
 
     yield get
     print({f"{kind} {m.__name__} {env_id}": reader.tried for (kind, m, env_id), reader in made.items()})
 
 
-@pytest.mark.parametrize(("kind", "m", "env_id"), READERS)
+@pytest.mark.parametrize(("kind", "m", "env_id"), OF_BYTES)
 def test_bytes_that_are_not_a_file_of_ours(kind, m, env_id, readers, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     reader = readers(kind, m, env_id)
     whole = reader.whole
     assert reader(whole) is None
     rng = np.random.default_rng(0)
-    for size in [0, 1, 2, len(whole) - 1, *rng.integers(3, len(whole) - 1, 20)]:
+    for size in [0, 1, 7, 8, 9, len(whole) - 1, *rng.integers(10, len(whole) - 1, 15)]:
         assert reader(whole[:size]), f"cut to {size} bytes"
     for bit in [*range(0, 8 * 100, 23), *rng.integers(0, 8 * len(whole), 40)]:
         flipped = bytearray(whole)
@@ -243,83 +304,133 @@ def test_bytes_that_are_not_a_file_of_ours(kind, m, env_id, readers, monkeypatch
         assert reader(bytes(flipped)), f"bit {bit} flipped"
     for foreign in (pickle.dumps(Evil()), b"\x89PNG\r\n\x1a\n" * 100, b"PK\x03\x04" * 100, whole + b"\0", rng.bytes(5000)):
         assert reader(foreign)
-    other = "model" if kind == "checkpoint" else "checkpoint"
-    payload = packed(reader.tree)
-    for name, value in (("version", 3), ("version", 10**18), ("version", "2"), ("kind", other), ("kind", ["x"] * 1000), ("format", "other")):
-        assert reader(sealed(kind, payload, **{name: value})), (name, value)
-    assert "version 3; needed is" in reader(sealed(kind, payload, version=3))
     for name in RAW:
-        assert reader(RAW[name]) and reader(sealed(kind, RAW[name])), name
+        assert reader(RAW[name]), name
+    for text in ("", "{", "5", "[]", "null", "[" * 100_000, "9" * 100_000, '{"format": ["x"]}', "{}"):
+        assert reader(sealed(text, reader.arrays)), text[:20]
+    for version in ("proximal-policy-distillation 4", "other", 3, None, ["x"] * 1000):
+        error = reader(sealed(reader.about | {"format": version}, reader.arrays))
+        assert "its format is " in error and error.count("not 'proximal-policy-distillation 3'") == 1, version
     assert list(tmp_path.iterdir()) == []  # no code has run
+
+
+def test_every_bit_of_a_header_counts(tmp_path):
+    """Of a small file, and of its arrays as well."""
+    m, path = ppd_mujoco, tmp_path / "x.safetensors"
+    m.save_file(path, {"a": 1}, {"b": np.arange(3, dtype=np.float32)})
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="cannot read"):
+            m.read_file(path)
 
 
 @pytest.mark.parametrize(("kind", "m", "env_id"), READERS)
 def test_a_right_checksum_over_wrong_content(kind, m, env_id, readers):
-    """Each part of the file in turn is replaced; of parameters, shapes and state nothing but the right content will do."""
+    """Each part of the file in turn is replaced; of networks, shapes, parameters and state nothing but the right content will do."""
     reader = readers(kind, m, env_id)
-    rng = np.random.default_rng(1)
-    paths = list(leaves(reader.tree))
-    vital = ("params", "obs_stats", "observation_shape") if kind == "model" else ("state", "updates")
-    unread = {"observation_shape"} if m is ppd_gymnax else set() if m in (student_distill, teacher_distill, train_teacher) else {"value"}
-    chosen = [path for path in paths if len(path) == 1] + [paths[i] for i in rng.choice(len(paths), min(len(paths), 25), replace=False)]
-    names = list(VALUES)
-    for i, path in enumerate(chosen):
-        for name in names if len(path) == 1 and path[0] in (*vital, "network") else [names[(3 * i + j) % len(names)] for j in range(3)]:
-            content = packed(replaced(reader.tree, path, VALUES[name]))
-            error = reader(sealed(kind, content))
-            harmless = content == packed(reader.tree) or (path, name) == (("updates",), "zero") or kind == "model" and unread & set(path)
-            assert error or path[0] not in vital or harmless, f"{path}: {name}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for name in VALUES:
-        reader(sealed(kind, packed(reader.tree | {"params" if kind == "model" else "state": VALUES[name]} if VALUES[name] is not DELETED else {})))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 200 * 1024
+    assert reader(reader.whole) is None and reader(sealed(reader.about, reader.arrays | {"more": np.zeros(3)})) is None
+    rng, names, paths, cases = np.random.default_rng(1), list(VALUES), list(leaves(reader.about)), []
 
+    def case(path, name, vital):
+        content = sealed(replaced(reader.about, path, VALUES[name]), reader.arrays)
+        cases.append((f"{'.'.join(map(str, path))} {name}", content, vital and content != reader.whole))
 
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=20) | st.binary(max_size=20),
-    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x, max_size=4), max_leaves=10)
+    if kind == "model":
+        vital = [("action_dim",), ("observation_shape",), ("env_id",), ("network",), ("network", "kind"), ("network", "hidden")]
+        for path in vital:
+            for name in ("deleted", "text", "mixed", "long list", *rng.choice(names, 1)):
+                case(path, name, True)
+    else:
+        numbers = [path for path in paths if path[:1] == ("logged",) and path != ("logged", "wandb_id")] + [("updates",)]
+        vital = numbers + [path for path in paths if path[0] in ("args", "teacher_network") or path in (("teacher",), ("finished",), ("finished", 0))]
+        for path in vital:
+            needed = ("deleted", "mixed", "text") if path in numbers else ("deleted",) if path[0] != "finished" else ()
+            for name in (*needed, *(("minus one", "enormous") if path in numbers else rng.choice(names, 1))):
+                case(path, name, name in needed)
+    others = [path for path in paths if path not in vital and path[0] != "finished"]
+    for i in rng.permutation(len(others))[:15]:
+        case(others[i], names[i % len(names)], False)
+
+    needed = ("policy/", "obs_stats/", "value/" * (m in (student_distill, ppd_gymnax))) if kind == "model" else ("state/", "teacher/policy/")
+    for i, (name, array) in enumerate(reader.arrays.items()):
+        for how in list(ARRAYS)[i % 2:: 3 if len(reader.arrays) < 30 else 7]:
+            changed = replaced(reader.arrays, (name,), ARRAYS[how](array))
+            cases.append((f"{name} {how}", sealed(reader.about, changed), name.startswith(tuple(filter(None, needed)))))
+    assert not (found := "\n".join(reader.complaints(cases))), found
 
 
 @pytest.mark.parametrize(("kind", "m", "env_id"), READERS)
 def test_content_that_hypothesis_invents(kind, m, env_id, readers):
     reader = readers(kind, m, env_id)
-    paths = list(leaves(reader.tree))
+    paths = list(leaves(reader.about))
+    anything = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+        lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x, max_size=4), max_leaves=10)
 
     @quick
     @given(st.sampled_from(paths), anything)
     def replace(path, value):
-        reader(sealed(kind, packed(replaced(reader.tree, path, value))))
+        reader(sealed(replaced(reader.about, path, value), reader.arrays))
 
     @quick
-    @given(anything | st.binary(max_size=200))
+    @given(anything)
     def invent(value):
-        assert reader(value if isinstance(value, bytes) else msgpack.packb(value))
-        assert reader(sealed(kind, value if isinstance(value, bytes) else msgpack.packb(value)))
+        assert reader(sealed(json.dumps(value), reader.arrays))
+        assert reader(sealed({"format": reader.about["format"], "script": m.__name__, "about": value}, reader.arrays))
 
     replace()
     invent()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize(("kind", "m", "env_id"), [x for x in READERS if x.values[0] == "model"])
-def test_parameters_that_are_not_finite(kind, m, env_id, value, readers):
-    """In any one of the policy's arrays."""
+def test_bytes_that_hypothesis_invents(readers):
+    reader = readers("model", ppd_mujoco, "Hopper-v4")
+
+    @settings(quick, max_examples=100)
+    @given(st.binary(max_size=200), st.booleans())
+    def invent(data, framed):
+        assert reader(raw(data) if framed else data)
+
+    invent()
+
+
+@pytest.mark.parametrize(("kind", "m", "env_id"), OF_MODELS)
+def test_what_a_model_claims_takes_no_memory_and_no_time(kind, m, env_id, readers):
+    """Networks, observations and actions that are much larger than the arrays that are there."""
     reader = readers(kind, m, env_id)
-    for path in leaves(reader.tree):
-        found = at(reader.tree, path)
-        if path[:2] == ("params", "policy") and isinstance(found, np.ndarray):
-            spoiled = found.copy()
-            spoiled.flat[-1] = value
-            assert "are not all finite" in reader(sealed(kind, packed(replaced(reader.tree, path, spoiled)))), path
+    about, peak, cases = reader.about, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    convolutions = [{"channels": [2**40] * 3}, {"kind": "impala", "channels": [8] * 500}] if about["network"]["channels"] else []
+    for network in ({"hidden": [8192, 8192]}, {"hidden": [2**40]}, {"hidden": [8] * 10**6}, *convolutions):
+        cases.append((str(network)[:40], sealed(about | {"network": about["network"] | network}, reader.arrays), True))
+    for claim in ({"action_dim": 2**40}, {"observation_shape": [2**40]}, {"observation_shape": [1] * 10**5}):
+        cases.append((str(claim)[:40], sealed(about | claim, reader.arrays), True))
+    for case in cases:
+        began = time.process_time()
+        assert not (found := "\n".join(reader.complaints([case]))), found
+        assert time.process_time() - began < 5, case[0]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 200 * 1024
 
 
-def test_a_teacher_of_other_actions_than_its_task_has(readers, tiny_teacher, tmp_path):
+@pytest.mark.parametrize(("kind", "m", "env_id"), OF_MODELS)
+def test_parameters_that_are_not_finite(kind, m, env_id, readers):
+    """In any one of the policy's arrays."""
+    reader, values = readers(kind, m, env_id), (np.nan, np.inf, -np.inf)
+    for i, (name, array) in enumerate(reader.arrays.items()):
+        if name.startswith(("policy/", "obs_stats/")):
+            spoiled = array.copy()
+            spoiled.flat[-1] = values[i % 3]
+            assert "is not finite" in reader(sealed(reader.about, reader.arrays | {name: spoiled})), name
+
+
+def test_a_teacher_of_other_actions_than_its_task_has(readers):
     """A consistent network, whose actions envpool would not survive."""
     m, reader = ppd_mujoco, readers("model", ppd_mujoco, "Hopper-v4")
-    for shape, actions in (((11,), 1), ((11,), 4), ((12,), 3)):
-        policy = m.Policy((8, 8), actions)
-        params = jax.tree.map(np.asarray, policy.init(jax.random.PRNGKey(0), np.zeros(shape, np.float32)))
-        stats = {"mean": np.zeros(shape, np.float32), "var": np.ones(shape, np.float32), "count": np.ones((), np.float32)}
-        tree = reader.tree | {"params": {"policy": params}, "obs_stats": stats, "action_dim": actions, "observation_shape": list(shape)}
-        assert f"is for observations and actions of ([{shape[0]}], {actions}); those of Hopper-v4 are ([11], 3)" in reader(
-            sealed("model", packed(tree)))
+    for size, actions in ((11, 1), (11, 4), (12, 3)):
+        x = np.zeros(size, np.float32)
+        params = m.Policy((8, 8), actions).init(jax.random.PRNGKey(0), x)
+        leaves = jax.tree_util.tree_leaves_with_path({"policy": params, "obs_stats": m.Stats(x, x + 1, np.ones((), np.float32))})
+        arrays = {jax.tree_util.keystr(where, simple=True, separator="/"): np.asarray(x) for where, x in leaves}
+        assert f"is for observations and actions of ([{size}], {actions}); those of Hopper-v4 are ([11], 3)" in reader(
+            sealed(reader.about | {"action_dim": actions, "observation_shape": [size]}, arrays))

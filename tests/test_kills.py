@@ -1,4 +1,9 @@
-"""A run that is killed at any moment goes on with --resume: no unreadable file, no row lost or made twice, and its model at the end."""
+"""A run that is killed at any moment goes on with --resume: no unreadable file, no row lost or made twice, and its model at the end.
+
+Every script writes by the same `write_atomic` and `save_file` (test_shared_blocks.py). ppd_mujoco.py stands for the scripts whose
+`Run` is the same, student_distill.py for a loop that logs and saves at different updates, ppd_gymnax.py for its own `Run`. But for
+one run, what they learn is replaced by counting, so that they do little else than to write files.
+"""
 
 import json
 import os
@@ -11,33 +16,71 @@ from conftest import ROOT
 # A parent that has imported the script, but not begun to compute, forks the lives of a run; each ends by SIGKILL or by itself
 PROGRAM = """
 import json, os, random, signal, sys, time
+from collections import deque
 from pathlib import Path
+import jax, numpy as np
 import {script} as m
-m.import_envpool()
 
+GYMNAX = m.__name__ == "ppd_gymnax"
+if not GYMNAX:
+    m.import_envpool()
 folder, teacher, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-UPDATES, BATCH = 600, 4 * 4
-flags = dict(env_id="Hopper-v4", total_timesteps=UPDATES * BATCH, num_envs=4, num_steps=4, checkpoint_every=3, eval_episodes=2)
-flags |= dict(log_every=1) if "distill" in m.__name__ else {{}}
-flags |= dict(teacher=teacher, student_hidden=(8,))
-rng, kills, resumed, found = random.Random(0), [], 0, []
+UPDATES, BATCH = {updates}, 4 * 4
+LIMIT = UPDATES // ({kills} + 1)  # updates of a life that is killed, so that no machine is at the end before all kills
+flags = dict(env_id="Hopper-v4", teacher=teacher, total_timesteps=UPDATES * BATCH, checkpoint_every=3)
+if GYMNAX:
+    flags = dict(env_id="CartPole-v1", num_seeds=1, teacher_timesteps=UPDATES * BATCH // 2, total_timesteps=UPDATES * BATCH // 2,
+                 num_parts=UPDATES // 2, num_minibatches=2, teacher_num_steps=4)
+flags |= dict(num_envs=4, num_steps=4, eval_episodes=2, student_hidden=(8,)) | (dict(log_every=1) if "distill" in m.__name__ else {{}})
+rng, kills, found = random.Random(0), [], []
+
+
+def count(limit):
+    "Replaces what is learned: each update adds 1 to every parameter; after so many it waits to be killed."
+    made = []
+
+    class Envs:
+        observation_space, close = np.zeros(11), lambda self: None
+
+    def init_state(*args):
+        arrays = {{name: np.zeros(4 if name == "discounted" else 1000, np.float32) for name in m.TrainState._fields}}
+        return m.TrainState(**arrays | {{"params": {{"policy": arrays["key"], "value": arrays["key"]}}}})
+
+    def learn(*args):
+        time.sleep(60 if len(made) == limit else 0.001)
+        made.append(None)
+        state = next(x for x in args if isinstance(x, m.TrainState))
+        metrics = {{"losses/teacher_kl": np.ones(2), "charts/episodic_return": np.ones(2)}} if GYMNAX else {{"losses/teacher_kl": 1.0}}
+        return state._replace(params=jax.tree.map(lambda x: np.asarray(x) + 1, state.params)), metrics
+
+    m.init_state = m.init_state if GYMNAX else init_state
+    m.make_envs, m.start = lambda *args: Envs(), lambda envs: m.Cursor(None, None, None, deque([1.0], maxlen=100))
+    m.draw_noise, m.collect, m.corrupt = lambda key, *args: (key, None), lambda *args: None, lambda params, *args: params
+    m.update = m.train = learn
+    m.wait = lambda arrays: arrays
+    m.assess = lambda *args: {{"mean": 1.0, "std": 0.0, "games": 1, "returns": [[1.0]], "means": [1.0], "interval": None}}
+
+
+def checkpoints():
+    return sorted(folder.glob("checkpoint_*.safetensors"))
 
 
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def life(spoil=None):
+def life(spoil=None, limit=None):
     "Forks one life of the run, which begins it or goes on."
     child = os.fork()
     if child == 0:
         os.dup2(os.open(folder.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         os.dup2(2, 1)
         try:
+            if mode != "real":
+                count(limit)
             if spoil is not None:
                 spoil()
-            begun = (folder / "checkpoint.msgpack").exists() or (folder / "checkpoint_previous.msgpack").exists()
-            m.main(m.Args(resume=str(folder)) if begun else m.Args(run_dir=str(folder), **flags))
+            m.main(m.parse_args(["--resume", str(folder)]) if checkpoints() else m.Args(run_dir=str(folder), **flags))
             os._exit(0)
         except BaseException:
             import traceback
@@ -51,15 +94,18 @@ def status(child):
 
 
 def check():
-    "Every file that is there is whole, and the checkpoint counts on no row that is not there."
+    "Every checkpoint that is there is whole, there are two at most, and the newest counts on no row that is not there."
     newest = None
-    for name in m.CHECKPOINTS:
-        if (folder / name).exists():
-            newest = m.read_tree(folder / name, "checkpoint")["updates"] if newest is None else newest
-            m.read_tree(folder / name, "checkpoint")
-    rows = [line for line in (folder / "progress.csv").read_bytes().split(b"\\n")[:-1]] if (folder / "progress.csv").exists() else []
-    steps = [int(row.split(b",")[0]) for row in rows[1:]]
-    assert steps == [BATCH * (i + 1) for i in range(len(steps))], steps
+    assert len(checkpoints()) <= 3  # a third where the kill came between a new one and the removal of the oldest
+    for path in checkpoints():
+        about, arrays = m.read_file(path)
+        newest = about["logged"]["rows"] if GYMNAX else about["updates"]
+        bias = arrays["state/params/policy/params/Dense_0/bias"].ravel() if GYMNAX or mode == "real" else arrays["state/params/policy"]
+        assert mode == "real" or (bias == about["updates"]).all()  # every update is in it, once
+    rows = (folder / "progress.csv").read_bytes().split(b"\\n")[1:-1] if (folder / "progress.csv").exists() else []
+    steps = [int(row.split(b",")[3 if GYMNAX else 0]) for row in rows]
+    expected = [BATCH * (i + 1) for i in range(UPDATES // 2)] * 2 if GYMNAX else [BATCH * (i + 1) for i in range(UPDATES)]
+    assert steps == expected[:len(steps)], steps
     assert newest is None or len(steps) >= newest, (len(steps), newest)
     found.append(newest)
 
@@ -118,34 +164,35 @@ def spoil_row(number):
         calls.append(None)
         if len(calls) == number:
             with open(folder / "progress.csv", "ab") as file:
-                file.write(b"%d,1.2" % (values["global_step"] if isinstance(values, dict) and isinstance(values.get("global_step"), int) else 1))
+                file.write(b"teacher,1" if GYMNAX else b"%d,1.2" % values["global_step"])
             die()
         return real(self, values)
 
     m.csv.DictWriter.writerow = row
 
 
-if mode == "random":
-    child, newest = life(), folder / "checkpoint.msgpack"
-    for i in range(20):
-        began, known = time.time(), newest.stat().st_mtime_ns if newest.exists() else 0
-        if i < 15 or known == 0:  # most kills come while it learns, where nearly all it does is to write files
-            while not newest.exists() or newest.stat().st_mtime_ns == known:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.2))
+if mode != "writes":
+    child, lasted = life(limit=LIMIT), 0.0
+    for i in range({kills}):
+        began, known = time.time(), checkpoints()
+        if i % 4 < 3 or not known:  # most kills come while it learns, where nearly all it does is to write files
+            while checkpoints() == known:
+                assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it lives
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.2 if mode == "real" else 0.05))
         else:  # the others at any moment from its start on
             time.sleep(rng.uniform(0, lasted))
         lasted = time.time() - began
         os.kill(child, signal.SIGKILL)
         kills.append(status(child))
         check()
-        child = life()
+        child = life(limit=LIMIT if i + 1 < {kills} else None)
     assert status(child) == 0
 else:
-    spoils = [lambda: spoil_call("fsync", 8, True), lambda: spoil_call("fsync", 9, False), lambda: spoil_call("replace", 5, True),
-              lambda: spoil_call("replace", 6, True), lambda: spoil_call("replace", 7, False), lambda: spoil_call("replace", 8, False),
-              lambda: spoil_write(1), lambda: spoil_write(2), lambda: spoil_write(4), lambda: spoil_row(5), lambda: spoil_row(6)]
-    for spoil in spoils if m.__name__ == "ppd_mujoco" else spoils[::3]:
+    spoils = [lambda: spoil_row(5), lambda: spoil_write(2), lambda: spoil_call("fsync", 8, True), lambda: spoil_call("replace", 5, True),
+              lambda: spoil_write(1), lambda: spoil_call("unlink", 9, True), lambda: spoil_call("fsync", 12, False), lambda: spoil_write(4),
+              lambda: spoil_call("replace", 6, True), lambda: spoil_call("replace", 7, False), lambda: spoil_row(6)]
+    for spoil in spoils[:{kills}]:
         kills.append(status(life(spoil)))
         check()
     assert status(life()) == 0
@@ -154,28 +201,34 @@ print(json.dumps({{"kills": kills, "updates": found, "files": sorted(x.name for 
 """
 
 
-def run(script, mode, folder, teacher):
-    program = PROGRAM.format(script=script)
+def run(script, mode, kills, updates, folder, teacher):
+    program = PROGRAM.format(script=script, kills=kills, updates=updates)
     done = subprocess.run([sys.executable, "-c", program, folder / "run", teacher, mode], cwd=ROOT, capture_output=True, text=True, timeout=500,
                           env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"})
     output = (folder / "output").read_text() if (folder / "output").exists() else ""
     assert done.returncode == 0, done.stderr + output[-3000:]
     assert "Traceback" not in output
     found = json.loads(done.stdout)
-    print(script, mode, found["kills"], found["updates"])
-    assert {name for name in found["files"] if "tfevents" not in name} == {
-        "args.json", "progress.csv", "checkpoint.msgpack", "checkpoint_previous.msgpack", "results.json",
-        "student.msgpack"}
+    print(script, mode, found["updates"])
+    assert found["kills"] == [-9] * kills
+    models = {"student_100.safetensors", "teacher_100.safetensors", "curves.png"} if script == "ppd_gymnax" else {"student.safetensors"}
+    left = [name for name in found["files"] if "tfevents" not in name and not name.startswith("checkpoint_")]
+    assert set(left) == models | {"args.json", "progress.csv", "results.json"}
+    assert sum(name.startswith("checkpoint_") for name in found["files"]) == 2
     assert found["updates"] == sorted(found["updates"], key=lambda x: -1 if x is None else x) and found["updates"][-1] == found["rows"]
-    return found
 
 
-def test_a_run_killed_at_twenty_random_moments(tiny_teacher, tmp_path):
-    found = run("ppd_mujoco", "random", tmp_path, tiny_teacher)
-    assert found["kills"] == [-9] * 20
+def test_a_run_killed_at_three_random_moments(tiny_teacher, tmp_path):
+    """As it is."""
+    run("ppd_mujoco", "real", 3, 300, tmp_path, tiny_teacher)
 
 
-@pytest.mark.parametrize("script", ["ppd_mujoco", "student_distill"])
-def test_a_run_killed_inside_its_writes(script, tiny_teacher, tmp_path):
-    found = run(script, "writes", tmp_path, tiny_teacher)
-    assert found["kills"] == [-9] * (11 if script == "ppd_mujoco" else 4)
+@pytest.mark.parametrize(("script", "kills", "updates"), [("ppd_mujoco", 20, 600), ("ppd_gymnax", 5, 300)])
+def test_a_run_killed_at_twenty_random_moments(script, kills, updates, tiny_teacher, tmp_path):
+    """The gymnax run's are fewer, as each life takes longer to begin."""
+    run(script, "random", kills, updates, tmp_path, tiny_teacher)
+
+
+@pytest.mark.parametrize(("script", "kills"), [("ppd_mujoco", 11), ("student_distill", 4), ("ppd_gymnax", 6)])
+def test_a_run_killed_inside_its_writes(script, kills, tiny_teacher, tmp_path):
+    run(script, "writes", kills, 100, tmp_path, tiny_teacher)

@@ -1,6 +1,7 @@
-"""The functions with an equation, each against something that is not itself: hand-computed numbers, loops, samples."""
+"""The functions with an equation, each against something that is not itself: hand-computed numbers, loops, samples.
 
-import importlib
+Scripts that share a block, which test_shared_blocks.py holds, share its test.
+"""
 
 import distrax
 import jax
@@ -8,26 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-MODULES = {name: importlib.import_module(name) for name in (
-    "train_teacher", "ppd_mujoco", "ppd_atari", "ppd_procgen", "student_distill", "teacher_distill", "evaluate")}
-TRAINING = [MODULES[name] for name in ("train_teacher", "ppd_mujoco", "ppd_atari", "ppd_procgen")]  # with rewards
-STATES = [m for name, m in MODULES.items() if name not in ("ppd_atari", "ppd_procgen")]
-IMAGES = [m for name, m in MODULES.items() if name != "ppd_mujoco"]
-BASELINES = [MODULES["student_distill"], MODULES["teacher_distill"]]
+import ppd_atari
+import ppd_gymnax
+import ppd_mujoco
+import train_teacher
+from ppd_mujoco import Stats, compute_gae, standardize, update_stats
+
+STATES = [ppd_mujoco, train_teacher, ppd_gymnax]  # with Gaussian policies
+IMAGES = [ppd_atari, train_teacher, ppd_gymnax]  # with categorical ones
 
 
 def by_name(module):
     return module.__name__
 
 
-@pytest.mark.parametrize("m", TRAINING, ids=by_name)
-def test_gae_by_hand(m):
+def test_gae_by_hand():
     """One environment: step 0 goes on, 1 terminates, 2 is the phantom after it, 3 truncates, 4 is the phantom after that."""
     rewards = jnp.array([[1.0], [2.0], [0.0], [3.0], [0.0], [4.0]])
     values = jnp.array([[10.0], [20.0], [30.0], [40.0], [50.0], [60.0], [70.0]])
     terminations = jnp.array([[0.0], [1.0], [0.0], [0.0], [0.0], [0.0]])
     truncations = jnp.array([[0.0], [0.0], [0.0], [1.0], [0.0], [0.0]])
-    advantages, returns = m.compute_gae(rewards, values, terminations, truncations, 0.5, 0.5)
+    advantages, returns = compute_gae(rewards, values, terminations, truncations, 0.5, 0.5)
     # 5: 4 + 0.5*70 - 60 = -21, the rollout's end bootstraps
     # 3: truncated: 3 + 0.5*V(its true final observation, stored at t+1) - V = 3 + 25 - 40 = -12, and the trace is cut
     # 1: terminated: 2 - 20 = -18, no bootstrap
@@ -50,12 +52,11 @@ def random_rollout(rng, steps=200, envs=7):
     return rewards, values, terminations, truncations, phantoms
 
 
-@pytest.mark.parametrize("m", TRAINING, ids=by_name)
-def test_gae_is_the_sum_over_each_episode(m):
+def test_gae_is_the_sum_over_each_episode():
     """Against the definition, A_t = sum_k (γλ)^k δ_{t+k} up to the episode's end, in float64 and episode by episode."""
     rewards, values, terminations, truncations, phantoms = random_rollout(np.random.default_rng(0))
     gamma, lam = 0.97, 0.9
-    advantages, returns = m.compute_gae(rewards, values, terminations, truncations, gamma, lam)
+    advantages, returns = compute_gae(rewards, values, terminations, truncations, gamma, lam)
     for n in range(rewards.shape[1]):
         for t in range(len(rewards)):
             if phantoms[t, n]:
@@ -71,7 +72,7 @@ def test_gae_is_the_sum_over_each_episode(m):
             assert float(returns[t, n]) == pytest.approx(total + float(values[t, n]), abs=1e-4)
 
 
-@pytest.mark.parametrize("m", TRAINING, ids=by_name)
+@pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax], ids=by_name)
 def test_discounted_sums_start_anew_in_each_episode_and_cross_rollouts(m):
     rewards, dones = jnp.array([[1.0], [2.0], [0.0], [3.0]]), jnp.array([[0.0], [1.0], [0.0], [0.0]])
     carried, sums = m.discount_forward(rewards, dones, jnp.array([8.0]), 0.5)
@@ -79,34 +80,32 @@ def test_discounted_sums_start_anew_in_each_episode_and_cross_rollouts(m):
     np.testing.assert_allclose(carried, [3.0])
 
 
-@pytest.mark.parametrize("m", TRAINING, ids=by_name)
+@pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax], ids=by_name)
 def test_running_statistics_are_those_of_all_real_samples(m):
     rng = np.random.default_rng(1)
     samples, weights = rng.normal(5.0, 3.0, (4, 100, 6)).astype(np.float32), rng.integers(0, 2, (4, 100)).astype(np.float32)
     samples[weights == 0] = 1e6
     stats = m.Stats(jnp.zeros(6), jnp.ones(6), jnp.float32(1e-4))
-    for x, w in zip(samples, weights, strict=True):
-        stats = m.update_stats(stats, jnp.asarray(x), jnp.asarray(w))
+    for x, w in zip(samples, weights, strict=True):  # ppd_gymnax.py has no phantoms
+        stats = m.update_stats(stats, x[w == 1]) if m is ppd_gymnax else m.update_stats(stats, jnp.asarray(x), jnp.asarray(w))
     real = samples[weights == 1].astype(np.float64)
     np.testing.assert_allclose(stats.mean, real.mean(0), rtol=1e-4)
     np.testing.assert_allclose(stats.var, real.var(0), rtol=1e-3)
     assert float(stats.count) == pytest.approx(len(real), abs=1e-2)
 
 
-@pytest.mark.parametrize("m", TRAINING, ids=by_name)
-def test_a_rollout_of_phantoms_alone_changes_no_statistics(m):
-    stats = m.Stats(jnp.ones(2), jnp.full(2, 2.0), jnp.float32(10.0))
-    after = m.update_stats(stats, jnp.full((5, 2), 99.0), jnp.zeros(5))
+def test_a_rollout_of_phantoms_alone_changes_no_statistics():
+    stats = Stats(jnp.ones(2), jnp.full(2, 2.0), jnp.float32(10.0))
+    after = update_stats(stats, jnp.full((5, 2), 99.0), jnp.zeros(5))
     for old, new in zip(stats, after, strict=True):
         np.testing.assert_allclose(old, new)
 
 
-@pytest.mark.parametrize("m", TRAINING, ids=by_name)
-def test_standardized_advantages_ignore_phantoms(m):
+def test_standardized_advantages_ignore_phantoms():
     advantages, weights = jnp.array([1.0, 2.0, 3.0, 1e6]), jnp.array([1.0, 1.0, 1.0, 0.0])
-    out = np.asarray(m.standardize(advantages, weights))[:3]
-    np.testing.assert_allclose(out, np.array([-1.0, 0.0, 1.0]) * np.sqrt(1.5), rtol=1e-5)
-    assert np.isfinite(m.standardize(advantages, jnp.zeros(4))).all()  # a minibatch of phantoms alone
+    for out in (standardize(advantages, weights)[:3], ppd_gymnax.standardize(advantages[:3])):
+        np.testing.assert_allclose(out, np.array([-1.0, 0.0, 1.0]) * np.sqrt(1.5), rtol=1e-5)
+    assert np.isfinite(standardize(advantages, jnp.zeros(4))).all()  # a minibatch of phantoms alone
 
 
 @pytest.mark.parametrize("m", STATES, ids=by_name)
@@ -152,7 +151,7 @@ def test_categorical_distribution_by_its_probabilities(m):
     assert int(ours_p.mode()) == p.argmax()
 
 
-@pytest.mark.parametrize("m", [m for m in STATES if m is not MODULES["evaluate"]], ids=by_name)
+@pytest.mark.parametrize("m", STATES, ids=by_name)
 @pytest.mark.parametrize("log_std", [-10.0, 0.0, 10.0])
 @pytest.mark.parametrize("teacher_log_std", [-10.0, 0.0, 10.0])
 def test_gradients_are_finite_at_the_extremes(m, log_std, teacher_log_std):
@@ -165,7 +164,7 @@ def test_gradients_are_finite_at_the_extremes(m, log_std, teacher_log_std):
         assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
 
 
-@pytest.mark.parametrize("m", [m for m in IMAGES if m is not MODULES["evaluate"]], ids=by_name)
+@pytest.mark.parametrize("m", IMAGES, ids=by_name)
 @pytest.mark.parametrize("size", [0.0, 50.0, 1000.0])
 def test_gradients_of_extreme_logits_are_finite(m, size):
     """At 1000 the probabilities themselves are 0 and 1 in float32."""
@@ -180,41 +179,56 @@ def test_gradients_of_extreme_logits_are_finite(m, size):
 def noise_and_samples(m, steps, envs, actions, states):
     """Noise of a rollout, and the keys with which a distribution gives the same actions step by step."""
     key = jax.random.PRNGKey(1)
-    kind = () if m in (MODULES["ppd_mujoco"], MODULES["ppd_atari"], MODULES["ppd_procgen"]) else (states,)
-    after, noise = m.draw_noise(key, steps, (envs, actions), *kind)
+    after, noise = m.draw_noise(key, steps, (envs, actions), *((states,) if m is train_teacher else ()))
     assert noise.shape == (steps, envs, actions) and not np.array_equal(after, key)
     rollout_key = jax.random.split(key)[1]
     return noise, [jax.random.fold_in(rollout_key, t) for t in range(steps)]
 
 
-@pytest.mark.parametrize("m", [m for m in STATES if m is not MODULES["evaluate"]], ids=by_name)
+@pytest.mark.parametrize("m", [ppd_mujoco, train_teacher], ids=by_name)
 def test_actions_are_samples_of_the_distribution(m):
     """Noise is drawn for a whole rollout at once; the actions are those that the distribution gives step by step."""
-    policy = m.Policy((8,) if m is MODULES["ppd_mujoco"] else m.Network("mlp", (), (8,)), 3)
+    policy = m.Policy((8,) if m is ppd_mujoco else m.Network("mlp", (), (8,)), 3)
     params = policy.init(jax.random.PRNGKey(0), jnp.zeros((1, 5)))
     params["params"]["log_std"] = jnp.array([-1.0, 0.0, 1.0])
-    stats = m.Stats(jnp.zeros(5), jnp.ones(5), jnp.float32(1.0))
+    stats = m.Stats(jnp.full(5, 0.5), jnp.full(5, 4.0), jnp.float32(1.0))
     x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     noise, keys = noise_and_samples(m, 6, 4, 3, True)
-    act = m.act if m is MODULES["ppd_mujoco"] else m.act_on_states
+    act, outputs = m.act if m is ppd_mujoco else m.act_on_states, policy.apply(params, (x - 0.5) / 2.0)
+    devices = () if m is ppd_mujoco else (1,)
     for t in range(6):
-        expected = m.distribution(policy.apply(params, x)).sample(seed=keys[t])
-        np.testing.assert_allclose(act(policy, params, stats, noise, x, t), expected, rtol=1e-5, atol=1e-6)
+        expected = m.distribution(outputs).sample(seed=keys[t])
+        np.testing.assert_allclose(act(*devices, policy, params, stats, noise, x, t), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(m.act_deterministic(policy, params, stats, x), outputs[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("m", [m for m in IMAGES if m is not MODULES["evaluate"]], ids=by_name)
-def test_actions_on_images_are_samples_of_the_distribution(m):
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("m", [ppd_atari, train_teacher], ids=by_name)
+def test_actions_on_images_are_samples_of_the_distribution(m, num_devices):
     policy = m.Policy(m.Network("nature", (4, 4, 4), (8,)), 6)
     x = np.random.default_rng(0).integers(0, 256, (4, 3, 36, 36), np.uint8)
     params = policy.init(jax.random.PRNGKey(0), x)
+    params["params"]["Dense_1"]["kernel"] *= 100.0
     noise, keys = noise_and_samples(m, 6, 4, 6, False)
+    act, stats = (m.act, ()) if m is ppd_atari else (m.act_on_images, (None,))
+    outputs = policy.apply(params, x)
     for t in range(6):
-        if m in TRAINING[2:]:
-            actions = m.act(policy, params, noise, x, t)
-        else:
-            actions = m.act_on_images(policy, params, None, noise, x, t)
-        np.testing.assert_array_equal(actions, m.distribution(policy.apply(params, x)).sample(seed=keys[t]))
+        actions = act(num_devices, policy, params, *stats, noise, x, t)
+        np.testing.assert_array_equal(actions, m.distribution(outputs).sample(seed=keys[t]))
+    np.testing.assert_array_equal(m.act_deterministic(policy, params, *stats, x), np.argmax(outputs, -1))
+
+
+def test_actions_of_an_evaluation_are_samples_of_the_distribution():
+    """As Procgen's policies are evaluated: of the key and the step alone."""
+    m, key = train_teacher, jax.random.PRNGKey(7)
+    policy = m.Policy(m.Network("nature", (4, 4, 4), (8,)), 6)
+    x = np.random.default_rng(0).integers(0, 256, (4, 3, 36, 36), np.uint8)
+    params = policy.init(jax.random.PRNGKey(0), x)
+    found = [m.act_sampled(policy, params, key, x, t) for t in range(6)]
+    expected = [m.distribution(policy.apply(params, x)).sample(seed=jax.random.fold_in(key, t)) for t in range(6)]
+    np.testing.assert_array_equal(found, expected)
+    assert len({tuple(np.asarray(each)) for each in found}) > 1
 
 
 def test_distribution_is_distrax():
-    assert isinstance(TRAINING[0].distribution((jnp.zeros(2), jnp.zeros(2))), distrax.Distribution)
+    assert isinstance(ppd_mujoco.distribution((jnp.zeros(2), jnp.zeros(2))), distrax.Distribution)

@@ -1,22 +1,30 @@
-"""The README's numbers are those of the raw results in the repository, and its commands exist."""
+"""The README and the pages in docs/: their numbers are those of the raw results, and their links, commands, flags and code work."""
 
+import ast
 import csv
 import json
 import re
+import shlex
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+import ppd_gymnax
+import ppd_mujoco
+
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES[ROOT / "README.md"]
+LINES = [line for path, text in PAGES.items() if path.stem != "CHANGELOG" for line in text.splitlines()]
 RESULTS = sorted((ROOT / "benchmark/results").rglob("*.json"))
 
 
 def rows(word):
-    return [line for line in README.splitlines() if line.startswith("|") and word in line]
+    return [line for line in LINES if line.startswith("|") and word in line]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(ROOT / "benchmark/results")))
-def test_every_result_stands_in_the_readme_as_it_was_measured(path):
+def test_every_result_stands_in_the_pages_as_it_was_measured(path):
     result = json.loads(path.read_text())
     if "medians" in result:  # benchmark/speed.py
         figures = [f"{result['medians']['script']:,.0f}", f"{result['medians']['share']:.0%}"]
@@ -32,11 +40,13 @@ def test_every_result_stands_in_the_readme_as_it_was_measured(path):
     elif "kl" in result:  # benchmark/pixels.py
         figures, lines = [f"{x['first']:.3f} to {x['last']:.3f}" for x in result["kl"].values()], rows(result["env_id"])
     elif "resume" in result:  # benchmark/resume.py
-        figures, lines = [f"{mean:.3f}" for mean in result["means"].values()], README.splitlines()
+        for word, mean in (("unbroken", result["means"]["unbroken"]), ("half-way and resumed", result["means"]["resumed"])):
+            assert any(f"{mean:.3f}" in line for line in rows(word)), mean
+        return
     elif "detached" in result:  # benchmark/detached.py
         for runs in result["detached"].values():
             ratios, kl = ([f"{x['ratio']:.3f}" for x in runs], [f"{sum(x) / len(x):.2f}" for x in zip(*(x["kl"] for x in runs), strict=True)])
-            assert any(f"| {', '.join(ratios)} | {', '.join(kl)} |" in line for line in README.splitlines()), (ratios, kl)
+            assert any(f"| {', '.join(ratios)} | {', '.join(kl)} |" in line for line in LINES), (ratios, kl)
         return
     else:
         whom = ("student", "teacher") if "student" in result else ("teacher",)
@@ -57,17 +67,125 @@ def test_the_one_level_table_is_that_of_the_raw_curves(method, word):
     assert rows(word) == [next(row for row in rows(word) if row.endswith(f"| {cells[0]} | {cells[1]} |"))]
 
 
+def test_the_effect_of_the_changed_line_is_that_of_the_raw_results():
+    """Means over seeds in the prose, wherever they stand, and the line itself."""
+    for env_id in ("HalfCheetah-v4", "Humanoid-v4"):
+        found = json.loads((ROOT / f"benchmark/results/detached/{env_id}.json").read_text())["detached"]
+        means = [f"{np.mean([run['ratio'] for run in found[name]]):.3f}" for name in ("ppd", "detached")]
+        for path in (ROOT / "README.md", ROOT / "docs/results.md"):
+            assert all(mean in PAGES[path] for mean in means), (path, means)
+    source = (ROOT / "ppd_mujoco.py").read_text()
+    diffs = [diff for text in PAGES.values() for diff in re.findall(r"```diff\n-(.*)\n\+(.*)\n```", text)]
+    assert len(diffs) >= 1
+    for old, new in diffs:
+        assert old in source.splitlines() and new.strip() in (ROOT / "benchmark/detached.py").read_text()
+
+
+def test_first_kl_divergences_are_those_of_the_curves():
+    """And what of them comes from the teachers' deviations alone."""
+    table = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in PAGES[ROOT / "docs/algorithm.md"].splitlines()
+             if re.match(r"\| \w+-v4 \|", line)}
+    first = {"HalfCheetah-v4": 13, "Ant-v4": 20, "Humanoid-v4": 240, "Hopper-v4": 550}
+    assert set(table) == set(first)
+    for env_id, value in first.items():
+        for size in ("smaller", "same", "larger"):
+            with open(ROOT / f"benchmark/results/curves/methods__{env_id}__ppd__{size}__100.csv", newline="") as file:
+                assert float(next(csv.DictReader(file))["losses/teacher_kl"]) == pytest.approx(value, rel=0.03)
+        log_std = ppd_mujoco.read_file(ROOT / f"teachers/{env_id}__100.safetensors")[1]["policy/params/log_std"]
+        alone = (-log_std + (np.exp(2 * log_std) - 1) / 2).sum()
+        assert table[env_id][:2] == [f"{np.exp(log_std).max():.2f}", f"{alone:.1f}"]
+
+
 def test_shipped_teachers_have_their_results():
-    shipped = {path.stem for path in (ROOT / "teachers").glob("*.msgpack")}
-    assert shipped == {path.stem for path in RESULTS if path.parent.name == "teachers"}
+    shipped = {path.stem for path in (ROOT / "teachers").glob("*.safetensors")}
+    assert shipped and shipped == {path.stem for path in RESULTS if path.parent.name == "teachers"}
 
 
-def test_files_the_readme_links_to_exist():
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / link).exists(), link
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
 
 
-def test_flags_the_readme_names_exist():
-    text = "".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")))
-    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)) - {"help", "sync"}:
-        assert re.search(rf"\b{flag.replace('-', '_')}:", text), flag
+# ======================================================================================================================
+# Links, commands, flags, metrics and code
+# ======================================================================================================================
+
+
+def anchors(text):
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", PAGES[page])
+    assert links or page.stem == "CHANGELOG"
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists() and target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def flags(path):
+    """The flags of a script's Args, each with its type."""
+    args = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    return {node.target.id.replace("_", "-"): ast.unparse(node.annotation) for node in args.body if isinstance(node, ast.AnnAssign)}
+
+
+SCRIPTS = {str(path.relative_to(ROOT)): flags(path) for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")) if "class Args" in path.read_text()}
+SCRIPTS["ppd_mine.py"] = SCRIPTS["ppd_mujoco.py"]  # the README's copy of it
+OTHERS = {"tests/test_shared_blocks.py": {"sync"}}
+
+
+def is_flag(name, known):
+    return name in known or name.startswith("no-") and known.get(name[3:]) == "bool"
+
+
+def commands(text):
+    """Command lines of our programs: lines of code blocks, and code within a sentence."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    lines = [line for language, block in blocks if not language for line in block.replace("\\\n", "").splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return [line for line in lines if re.match(r"(\S*python|uv run) [\w/]+\.py|[\w/]+\.py --", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_name_programs_and_their_flags(page):
+    for line in commands(PAGES[page]):
+        words = shlex.split(line, comments=True)
+        script = next(word for word in words if word.endswith(".py"))
+        assert script in SCRIPTS or script in OTHERS, line
+        for word in words:
+            if word.startswith("--") and word != "--help":
+                name = word[2:].partition("=")[0]
+                assert name in OTHERS.get(script, ()) or is_flag(name, SCRIPTS.get(script, {})), f"{line}: {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_flags_that_are_named_exist(page):
+    gone = {"contact-forces"} if page.stem == "CHANGELOG" else set()  # --contact-forces False, as it once was
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", PAGES[page])) - {"help", "sync"} - gone:
+        assert any(is_flag(flag, known) for known in SCRIPTS.values()), flag
+
+
+def test_every_logged_metric_is_explained():
+    section = PAGES[ROOT / "docs/algorithm.md"].partition("## Every logged metric\n")[2]
+    explained = {name for line in section.splitlines() if line.startswith("| `")
+                 for name in re.findall(r"`([\w/]+)`", line.split("|")[1])}
+    assert set(ppd_gymnax.COLUMNS) == explained  # PPO's, PPD's and the baselines'
+
+
+def test_the_code_in_the_page_of_teachers_acts_as_the_scripts_do(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = re.search(r"```python\n(.*?)```", PAGES[ROOT / "docs/teachers.md"], re.DOTALL)[1]
+    found = {}
+    exec(code, found)
+    about, arrays, path = ppd_mujoco.find_teacher(ppd_mujoco.Args(env_id="Hopper-v4"))
+    teacher = ppd_mujoco.make_teacher(about, arrays, path)
+    observations = np.random.default_rng(0).normal(size=(64, 11)).astype(np.float32) * 2
+    expected = ppd_mujoco.act_deterministic(teacher.policy, teacher.frozen.params, teacher.frozen.obs_stats, observations)
+    np.testing.assert_allclose(found["act"](observations), expected, rtol=1e-4, atol=1e-4)
+    assert found["about"] == about

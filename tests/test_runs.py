@@ -1,24 +1,36 @@
-"""Each script as a user runs it, for a few updates: what it leaves behind, that it repeats itself, stops and goes on."""
+"""Each script as a user runs it, for a few updates: what it leaves behind, that it repeats itself, stops and goes on.
 
-import csv
+There is one run of each script on each suite, which several tests look at. What test_shared_blocks.py holds to be one text
+(`Run`, `collect`, `evaluate`, `corrupt` ...) is then tried with ppd_mujoco.py alone; ppd_gymnax.py has its own in test_gymnax.py.
+"""
+
+import contextlib
 import ctypes
+import dataclasses
+import io
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import envpool
 import imageio.v3 as imageio
 import jax
 import numpy as np
 import pytest
-from conftest import PPD, ROOT, RUNS, STUDENTS, needs_procgen, on, small
+from conftest import PPD, ROOT, RUNS, checkpoints, go_on, needs_procgen, on, rows, small, small_gymnax, words
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import evaluate
 import ppd_atari
+import ppd_gymnax
 import ppd_mujoco
 import ppd_procgen
 import student_distill
@@ -26,15 +38,25 @@ import teacher_distill
 import train_teacher
 
 BASELINES = (student_distill, teacher_distill)
+SCRIPTS = [(train_teacher, "Hopper-v4"), (ppd_mujoco, "Hopper-v4"), (ppd_atari, "Pong-v5"),
+           pytest.param(ppd_procgen, "CoinrunEasy-v0", marks=needs_procgen), (student_distill, "Hopper-v4"), (teacher_distill, "Hopper-v4")]
+VARIANT = {"contact_forces": True, "frame_skip": 4, "repeat_action_probability": 0.0, "start_level": 0, "num_levels": 200}
+TIMING = ("seconds", "charts/SPS")
 
 
-def rows(folder):
-    with open(folder / "progress.csv", newline="") as file:
-        return list(csv.DictReader(file))
+def variant(env_id, **flags):
+    """How a task is played, as a model file says it."""
+    names = ("contact_forces",) if env_id.endswith("v4") else ("frame_skip", "repeat_action_probability") if env_id.endswith("v5") else (
+        "start_level", "num_levels")
+    return {name: VARIANT[name] for name in names} | flags
 
 
 def without_timing(folder):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "charts/SPS")} for row in rows(folder)]
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows(folder)]
+
+
+def steps(folder):
+    return [int(row["global_step"]) for row in rows(folder)]
 
 
 def flags_of(m, env_id, teachers):
@@ -42,12 +64,20 @@ def flags_of(m, env_id, teachers):
 
 
 def model(folder, m):
-    name = "teacher" if m is train_teacher else "student"
-    return train_teacher.load_tree(folder / f"{name}.msgpack", "model")
+    return m.read_file(folder / f"{'teacher' if m is train_teacher else 'student'}.safetensors")
 
 
-@pytest.fixture
-def strict_envpool(monkeypatch):
+def nothing(*args):
+    """In place of an evaluation."""
+    return {"mean": 0.0, "std": 0.0, "games": 1, "returns": [0.0], "train_levels": {"mean": 0.0, "std": 0.0}}
+
+
+def state_of(m, args):
+    return next(x for x in args if isinstance(x, m.TrainState))
+
+
+@contextlib.contextmanager
+def strict_envpool():
     """envpool as it is, but it refuses what it would end the process for, or accept without a word."""
     make = envpool.make_gymnasium
 
@@ -67,21 +97,41 @@ def strict_envpool(monkeypatch):
         envs.step = checked_step
         return envs
 
-    monkeypatch.setattr(envpool, "make_gymnasium", checked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(envpool, "make_gymnasium", checked)
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(teachers, tmp_path_factory):
+    """The run of a script on a task, from its command line on: folder, command, what main returned and what it printed."""
+    made = {}
+
+    def get(m, env_id):
+        if (m, env_id) not in made:
+            folder, output = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
+            logging = {"log_every": 20} if m in BASELINES else {}
+            argv = [f"{m.__name__}.py", *words(small(m, env_id, folder, **flags_of(m, env_id, teachers), **logging))]
+            with pytest.MonkeyPatch.context() as patch, strict_envpool(), contextlib.redirect_stdout(output):
+                patch.setattr(sys, "argv", argv)
+                numbers = m.main(m.parse_args(argv[1:]))
+            made[m, env_id] = SimpleNamespace(folder=folder, numbers=numbers, output=output.getvalue(), command=shlex.join(["python", *argv]))
+        return made[m, env_id]
+
+    return get
 
 
 @pytest.mark.parametrize(("m", "env_id"), RUNS)
-def test_a_run_leaves_what_it_promises(m, env_id, tmp_path, teachers, capsys, strict_envpool):
-    logging = {"log_every": 20} if m in BASELINES else {}
-    numbers = m.main(small(m, env_id, tmp_path / "run", **flags_of(m, env_id, teachers), **logging))
-    folder, role = tmp_path / "run", "teacher" if m is train_teacher else "student"
+def test_a_run_leaves_what_it_promises(m, env_id, finished):
+    run, role = finished(m, env_id), "teacher" if m is train_teacher else "student"
+    folder, table = run.folder, rows(run.folder)
     files = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
-    checkpoints = {"checkpoint.msgpack", "checkpoint_previous.msgpack"}
-    assert files == checkpoints | {"args.json", "progress.csv", f"{role}.msgpack", "results.json"}
+    last = 1000 if m in BASELINES else 192
+    kept = {f"checkpoint_{step:012d}.safetensors" for step in (0, last)} if m not in BASELINES else {path.name for path in checkpoints(folder)}
+    assert files == kept | {"args.json", "progress.csv", f"{role}.safetensors", "results.json"} and len(kept) == 2
     assert sum("tfevents" in path.name for path in folder.iterdir()) == 1
 
-    table = rows(folder)
-    assert [int(row["global_step"]) for row in table] == ([400, 800, 1000] if m in BASELINES else [64, 128, 192])
+    assert steps(folder) == ([400, 800, 1000] if m in BASELINES else [64, 128, 192])
     metrics = {"charts/episodic_return", "charts/SPS", "losses/value_loss", "losses/entropy", "losses/loss", "losses/grad_norm",
                "losses/param_norm"}
     metrics |= {"losses/teacher_kl"} if m is not train_teacher else set()
@@ -95,94 +145,174 @@ def test_a_run_leaves_what_it_promises(m, env_id, tmp_path, teachers, capsys, st
     args, results = (json.loads((folder / name).read_text()) for name in ("args.json", "results.json"))
     assert args["env_id"] == env_id and set(args["versions"]) == {"python", "jax", "flax", "envpool", "device"}
     episodes = 2 if env_id == "Hopper-v4" else 1
-    players = {"teacher", "student"} - ({"student"} if m is train_teacher else set())
-    for player in players:
-        assert len(results[player]["returns"]) == episodes
-        assert results[player]["mean"] == pytest.approx(np.mean(results[player]["returns"]))
-        assert ("train_levels" in results[player]) == (env_id == "CoinrunEasy-v0")
+    for player in {"teacher", role}:
+        found = results[player]
+        assert len(found["returns"]) == episodes and 1 <= found["games"] <= episodes
+        assert found["mean"] == pytest.approx(np.mean(found["returns"])) and found["std"] == pytest.approx(np.std(found["returns"]))
+        assert ("train_levels" in found) == (env_id == "CoinrunEasy-v0")
         if env_id == "Pong-v5":
-            assert results[player]["human_normalised"] == pytest.approx((results[player]["mean"] + 20.7) / 35.3)
-    assert results["command"].startswith(f"python {m.__name__}.py --env-id {env_id} --seed 100 ")
-    assert all(isinstance(value, float) for value in numbers.values())
-    assert str(folder) in capsys.readouterr().out
+            assert found["human_normalised"] == pytest.approx((found["mean"] + 20.7) / 35.3)
+    assert results["command"] == run.command and results["script"] == m.__name__
+    assert results["args"] | {"run_dir": str(folder)} == {name: value for name, value in args.items() if name != "versions"}
+    assert all(isinstance(value, float) for value in run.numbers.values())
+    assert str(folder) in run.output
 
-    saved = model(folder, m)
-    assert saved["role"] == role and saved["env_id"] == env_id
-    assert str(tmp_path) not in json.dumps(saved["args"] | {"teacher": None})
-    assert saved["evaluation"] == results[role]
-    again = evaluate.main(evaluate.Args(model=str(folder / f"{role}.msgpack"), episodes=episodes, seed=100))
-    assert again["mean"] == numbers[role]
+    about, arrays = model(folder, m)
+    assert about["role"] == role and about["env_id"] == env_id and about["variant"] == variant(env_id)
+    assert about["evaluation"] == results[role] and about["network"] == results["network"]
+    assert all(value.dtype == np.float32 and np.isfinite(value).all() for value in arrays.values())
+    assert str(folder) not in json.dumps(about | {"command": None})
+    if m in BASELINES:  # their files are as those of the others
+        evaluate.load_policy(str(folder / "student.safetensors"))
+    else:
+        again = evaluate.main(evaluate.Args(model=str(folder / f"{role}.safetensors"), episodes=episodes, seed=100))
+        assert again["mean"] == run.numbers[role]
 
 
 @pytest.mark.parametrize(("m", "env_id"), RUNS)
-def test_the_same_seed_gives_the_same_run_to_the_bit(m, env_id, tmp_path, teachers, monkeypatch):
-    monkeypatch.setattr(m, "assess", lambda *args: {"mean": 0.0, "std": 0.0, "returns": [0.0], "train_levels": {"mean": 0.0, "std": 0.0}})
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        m.main(small(m, env_id, tmp_path / name, seed=seed, **flags_of(m, env_id, teachers)))
-    assert without_timing(tmp_path / "a") == without_timing(tmp_path / "b") != without_timing(tmp_path / "c")
-    a, b, c = (jax.tree.leaves(model(tmp_path / name, m)["params"]) for name in "abc")
-    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-    assert not all(np.array_equal(x, y) for x, y in zip(a, c, strict=True))
+def test_the_same_seed_gives_the_same_run_to_the_bit(m, env_id, finished, tmp_path, teachers, monkeypatch):
+    """In the same folder, so that nothing is compiled anew; another seed begins with other weights and in other games."""
+    run, update, begun = finished(m, env_id), m.update, []
+    before = run.folder.rename(tmp_path / "before")
+    flags = flags_of(m, env_id, teachers) | ({"log_every": 20} if m in BASELINES else {})
+
+    def watched(*args):
+        rollout = next(x for x in args if isinstance(x, m.Rollout))
+        begun.append((np.asarray(state_of(m, args).params["policy"]["params"]["Dense_0"]["kernel"]), rollout.observations[0].copy()))
+        if args[0].seed != 100:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    monkeypatch.setattr(m, "update", watched)
+    monkeypatch.setattr(m, "assess", nothing)
+    m.main(small(m, env_id, run.folder, **flags))
+    with pytest.raises(KeyboardInterrupt):
+        m.main(small(m, env_id, tmp_path / "other", seed=9999, **flags))
+    run.folder.rename(tmp_path / "again")
+    before.rename(run.folder)
+    assert without_timing(tmp_path / "again") == without_timing(run.folder)
+    one, again = (model(folder, m)[1] for folder in (run.folder, tmp_path / "again"))
+    assert list(one) == list(again) and all(np.array_equal(one[name], again[name]) for name in one)
+    assert not np.array_equal(begun[0][0], begun[-1][0])
+    assert not np.array_equal(begun[0][1], begun[-1][1]) or env_id == "Pong-v5"  # all its games begin alike
+
+
+def test_the_same_command_gives_the_same_run_to_the_bit_as_users_compile_it(tmp_path):
+    """The other tests have XLA optimise less, and what it compiled is kept."""
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_NUM_CPU_DEVICES")}
+    command = [sys.executable, "ppd_mujoco.py", "--student-size", "smaller", "--total-timesteps", "3456", "--eval-episodes", "2", "--run-dir"]
+    lives = [subprocess.Popen([*command, tmp_path / name], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for name in "ab"]
+    assert [life.communicate(timeout=300) and life.returncode for life in lives] == [0, 0]
+    assert without_timing(tmp_path / "a") == without_timing(tmp_path / "b") and len(rows(tmp_path / "a")) == 3
+    (about, one), (_, other) = (model(tmp_path / name, ppd_mujoco) for name in "ab")
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert json.loads((tmp_path / "b/results.json").read_text())["student"] == about["evaluation"]
+
+
+def test_tensorboard_gets_what_progress_csv_gets(finished):
+    """By the time the run ends, all of it."""
+    folder, found, begun = finished(ppd_mujoco, "Hopper-v4").folder, {}, []
+    data = next(folder.glob("*tfevents*")).read_bytes()
+    while data:
+        size = struct.unpack("<Q", data[:8])[0]
+        event, data = Event.FromString(data[12: 12 + size]), data[16 + size:]
+        begun += [event.step] if event.session_log.status == SessionLog.START else []
+        for value in event.summary.value:
+            found.setdefault(event.step, {})[value.tag] = value.simple_value
+    assert begun == [1] and len(found) == 3
+    for row in rows(folder):
+        expected = {name: float(value) for name, value in row.items() if value != "nan"}
+        assert found[int(row["global_step"])] == pytest.approx(expected)
 
 
 def test_a_checkpoint_comes_back_to_the_bit(tmp_path, tiny_teacher):
     m = ppd_mujoco
     networks = m.Networks(m.Policy((8,), 3), m.Value((8,)), m.Policy((8, 8), 3))
-    args = small(m, "Hopper-v4", tmp_path, teacher=str(tiny_teacher))
-    state = m.init_state(args, networks, 11)
-    m.save_tree(tmp_path / "x", "checkpoint", {"state": m.serialization.to_state_dict(state)})
-    restored = m.serialization.from_state_dict(state, m.load_tree(tmp_path / "x", "checkpoint")["state"])
-    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+    state = m.init_state(small(m, "Hopper-v4", tmp_path), networks, 11)
+    m.save_file(tmp_path / "x", {"seconds": 0.1 + 0.2, "text": "λ\n\""}, {"state": state})
+    about, arrays = m.read_file(tmp_path / "x")
+    assert about == {"format": m.FORMAT, "seconds": 0.1 + 0.2, "text": "λ\n\""}
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(m.fill(state, arrays, "state")), strict=True):
         assert np.array_equal(x, y) and x.dtype == y.dtype
 
 
-@pytest.mark.parametrize(("m", "env_id", "number"), [
-    (train_teacher, "Hopper-v4", signal.SIGINT), (ppd_mujoco, "Hopper-v4", signal.SIGTERM), (ppd_atari, "Pong-v5", signal.SIGINT),
-    pytest.param(ppd_procgen, "CoinrunEasy-v0", signal.SIGTERM, marks=needs_procgen),
-    (student_distill, "Hopper-v4", signal.SIGTERM), (teacher_distill, "Pong-v5", signal.SIGINT)])
-def test_a_signal_saves_and_the_run_goes_on(m, env_id, number, tmp_path, teachers, monkeypatch):
-    folder = tmp_path / "run"
-    args = small(m, env_id, folder, total_timesteps=10**6, **flags_of(m, env_id, teachers))
-    flags = {name: value for name, value in vars(args).items() if value != m.Args.__dataclass_fields__[name].default}
-    words = [word for name, value in flags.items()
-             for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value]))]
-    process = subprocess.Popen([sys.executable, f"{m.__name__}.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not (folder / "progress.csv").exists() or len((folder / "progress.csv").read_text().splitlines()) < 4:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    message = process.communicate(timeout=300)[1]
-    assert process.returncode == 128 + number
-    assert f"go on with: python {m.__name__}.py --resume {folder}" in message
-    done = train_teacher.load_tree(folder / "checkpoint.msgpack", "checkpoint")
-    batch = args.num_envs * args.num_steps
-    assert int(rows(folder)[-1]["global_step"]) == done["updates"] * batch
-    assert not (folder / "results.json").exists()
+# Stopping and going on -------------------------------------------------------------------------------------------------
 
-    before = [int(row["global_step"]) for row in rows(folder)]
-    done["args"]["total_timesteps"] = (done["updates"] + 2) * batch  # the rest of a million steps would take long
-    train_teacher.save_tree(folder / "checkpoint.msgpack", "checkpoint", done)
-    last = list(rows(folder)[-1].values())
-    with open(folder / "progress.csv", "a") as file:  # a row of an update after the checkpoint, which will be made again
-        file.write(",".join([str((done["updates"] + 1) * batch), *last[1:]]) + "\n")
-    starts, update = [], m.update
+
+@pytest.mark.parametrize(("m", "env_id"), SCRIPTS)
+def test_a_signal_saves_and_the_run_goes_on(m, env_id, tmp_path, teachers, monkeypatch, capsys):
+    """A first one in the second of four updates, a second one in the evaluation."""
+    folder, starts, update, assess = tmp_path / "run", [], m.update, m.assess
+    number = signal.SIGINT if m in (train_teacher, ppd_atari, teacher_distill) else signal.SIGTERM
+    args = small(m, env_id, folder, **flags_of(m, env_id, teachers))
+    batch = args.num_envs * args.num_steps
 
     def watched(*args):
-        state = next(x for x in args if isinstance(x, m.TrainState))
-        starts.append(np.array(getattr(state, "discounted", 0.0)))
+        starts.append(np.array(getattr(state_of(m, args), "discounted", 0.0)))
+        if len(starts) == 2:
+            os.kill(os.getpid(), number)
         return update(*args)
 
+    def interrupted(begin):
+        with pytest.raises(SystemExit) as stopped:
+            begin()
+        assert stopped.value.code == 128 + number and not (folder / "results.json").exists()
+        assert f"\ninterrupted; go on with: python {m.__name__}.py --resume {folder}\n" in capsys.readouterr().err
+
     monkeypatch.setattr(m, "update", watched)
-    m.main(m.Args(resume=str(folder)))
+    monkeypatch.setattr(sys, "argv", ["x.py", "--as", "typed"])
+    interrupted(lambda: m.main(dataclasses.replace(args, total_timesteps=4 * batch)))
+    monkeypatch.setattr(sys, "argv", ["x.py", "--resume"])
+    before, (done, arrays) = steps(folder), m.read_file(checkpoints(folder)[-1])
+    assert done["updates"] == 2 and before == ([2 * batch] if m in BASELINES else [batch, 2 * batch])
+    with open(folder / "progress.csv", "a") as file:  # a row of an update after the checkpoint, which will be made again
+        file.write(",".join([str(3 * batch), *list(rows(folder)[-1].values())[1:]]) + "\n")
+
+    monkeypatch.setattr(m, "assess", lambda *args: os.kill(os.getpid(), number) or time.sleep(1))
+    interrupted(lambda: go_on(m, folder))
+    assert steps(folder) == before + ([4 * batch] if m in BASELINES else [3 * batch, 4 * batch])
     if m not in BASELINES:
-        assert np.asarray(done["state"]["discounted"]).any() or env_id != "Hopper-v4"
-        assert not starts[0].any()  # the episodes it was of are gone with the simulator
-        assert starts[1].any() or env_id != "Hopper-v4"  # which pays for every step
-    after = [done["updates"] * batch + batch * i for i in ((2,) if m in BASELINES else (1, 2))]
-    assert [int(row["global_step"]) for row in rows(folder)] == before + after
-    assert json.loads((folder / "results.json").read_text())["seconds"] > done["timing"]["seconds"]
-    if m not in BASELINES:  # the update that compiles anew says nothing of the speed
-        assert float(rows(folder)[len(before)]["charts/SPS"]) == pytest.approx(done["timing"]["SPS"])
+        assert arrays["state/discounted"].any() == starts[3].any() == (env_id == "Hopper-v4")  # which pays for every step
+        assert not starts[2].any()  # the episodes it was of are gone with the simulator
+    # The update that compiles anew says nothing of the speed
+    assert float(rows(folder)[len(before)]["charts/SPS"]) == pytest.approx(done["logged"]["SPS"])
+
+    progress = (folder / "progress.csv").read_bytes()
+    monkeypatch.setattr(m, "assess", assess)
+    go_on(m, folder)
+    results = json.loads((folder / "results.json").read_text())
+    assert len(starts) == 4 and (folder / "progress.csv").read_bytes() == progress
+    assert results["seconds"] > done["logged"]["seconds"] and results["command"] == "python x.py --as typed"
+
+
+@pytest.mark.parametrize(("m", "whole"), [(ppd_mujoco, True), (ppd_mujoco, False), (train_teacher, True), (student_distill, True)])
+def test_a_run_can_be_extended(m, whole, finished, tmp_path, monkeypatch):
+    """A finished one, or one that stands at its beginning; its rows are then those of a run of that length."""
+    folder = shutil.copytree(finished(m, "Hopper-v4").folder, tmp_path / "run")
+    if not whole:
+        checkpoints(folder)[-1].unlink()
+    before, size = without_timing(folder), 20 if m in BASELINES else 64
+    more = (80 if m in BASELINES else 5) * size
+    monkeypatch.setattr(m, "assess", nothing)
+    go_on(m, folder, "--total-timesteps", more)
+    assert steps(folder) == (list(range(400, 1001, 400)) + [1000, 1200, 1600] if m in BASELINES else list(range(64, more + 1, 64)))
+    assert without_timing(folder)[:len(before)] == before or not whole
+    assert m.load_checkpoint(folder)[1]["updates"] * size == more
+    assert json.loads((folder / "results.json").read_text())["args"]["total_timesteps"] == more
+    assert json.loads((folder / "args.json").read_text())["total_timesteps"] == more
+
+
+@pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax])
+def test_two_runs_that_begin_in_the_same_second(m, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(m.time, "time", lambda: 1.5)
+    args = m.resolve(m.Args(env_id="Hopper-v4" if m is ppd_mujoco else "CartPole-v1"))
+    runs = [m.Run(args, None) for _ in range(2)]
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == [args.name, f"{args.name}_{os.getpid()}"] == [run.folder.name for run in runs]
+    for run in runs:
+        run.close()
+        assert {path.name.split(".")[0] for path in run.folder.iterdir()} == {"args", "progress", "tfevents" if m is ppd_gymnax else "events"}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tiny_teacher, monkeypatch):
@@ -195,10 +325,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tiny_teacher, monkeyp
         return rollout._replace(rewards=rollout.rewards * (np.nan if len(calls) > 1 else 1.0))
 
     monkeypatch.setattr(m, "collect", spoiled)
-    with pytest.raises(SystemExit, match=r"update 2 gave losses/\w+ = nan; the last good state is .*checkpoint.msgpack"):
+    with pytest.raises(SystemExit, match=r"update 2 gave losses/\w+ = nan; the last good state is in .*run"):
         m.main(small(m, "Hopper-v4", tmp_path / "run", teacher=str(tiny_teacher), checkpoint_every=1))
-    assert m.load_tree(tmp_path / "run/checkpoint.msgpack", "checkpoint")["updates"] == 1
-    assert len(rows(tmp_path / "run")) == 1
+    assert m.load_checkpoint(tmp_path / "run")[1]["updates"] == 1 and len(rows(tmp_path / "run")) == 1
 
 
 class Tracker:
@@ -207,27 +336,52 @@ class Tracker:
     Error = ValueError
 
     def __init__(self):
-        self.rows, self.about, self.finished = [], None, False
+        self.rows, self.about, self.finished = [], [], 0
         self.log = self.rows.append
 
     def init(self, **about):
-        self.about = about
+        self.about.append(about)
         return self
 
     def define_metric(self, name, step_metric):
         assert (name, step_metric) == ("*", "global_step")
 
     def finish(self):
-        self.finished = True
+        self.finished += 1
 
 
-def test_tracking_gets_what_progress_csv_gets(tmp_path, tiny_teacher, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", tracker := Tracker())
+@pytest.fixture
+def tracker(monkeypatch):
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
     monkeypatch.setattr(ppd_mujoco.importlib.util, "find_spec", lambda name: True)
+    return tracker
+
+
+def test_tracking_gets_what_progress_csv_gets(tmp_path, tiny_teacher, tracker):
     ppd_mujoco.main(small(ppd_mujoco, "Hopper-v4", tmp_path / "run", teacher=str(tiny_teacher), track=True))
-    assert tracker.finished and tracker.about["id"] == "run" and tracker.about["config"]["env_id"] == "Hopper-v4"
-    written = [{k: float(v) for k, v in row.items() if v != "nan" and k != "seconds"} for row in rows(tmp_path / "run")]
+    about, = tracker.about
+    assert tracker.finished == 1 and about["name"] == "run" and re.fullmatch("[0-9a-f]{8}", about["id"])
+    assert about["config"]["env_id"] == "Hopper-v4"
+    written = [{k: float(v) for k, v in row.items() if v != "nan"} for row in rows(tmp_path / "run")]
     assert tracker.rows == written and len(written) == 3
+
+
+@pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax])
+def test_tracking_gets_no_row_twice(m, tmp_path, tiny_teacher, tracker):
+    """Of a run that was killed after its last row but before the checkpoint of that row, and goes on from the one before."""
+    folder = tmp_path / "run"
+    m.main(small_gymnax(folder, track=True, num_parts=4) if m is ppd_gymnax else small(
+        m, "Hopper-v4", folder, teacher=str(tiny_teacher), total_timesteps=6 * 64, checkpoint_every=2, track=True))
+    complete = list(tracker.rows)
+    checkpoints(folder)[-1].unlink()
+    go_on(m, folder)
+    assert len({about["id"] for about in tracker.about}) == 1 and len(tracker.about) == 2
+    assert len(rows(folder)) == len(complete)
+    assert [row["global_step"] for row in tracker.rows] == [row["global_step"] for row in complete]
+
+
+# Imperfect teachers ----------------------------------------------------------------------------------------------------
 
 
 def test_distill_coef_goes_linearly_to_its_end():
@@ -237,9 +391,9 @@ def test_distill_coef_goes_linearly_to_its_end():
 
 
 def test_a_corrupted_teacher_is_reproducible_and_noisy_everywhere(tiny_teacher, tmp_path):
-    _, _, teacher = ppd_mujoco.load_policy(tiny_teacher)
-    a, b, c = (jax.tree.leaves(ppd_mujoco.corrupt(teacher.params, 0.05, seed)) for seed in (0, 0, 1))
-    noise = np.concatenate([np.ravel(x - y) for x, y in zip(a, jax.tree.leaves(teacher.params), strict=True)])
+    params = ppd_mujoco.make_teacher(*ppd_mujoco.read_file(tiny_teacher), "").frozen.params
+    a, b, c = (jax.tree.leaves(ppd_mujoco.corrupt(params, 0.05, seed)) for seed in (0, 0, 1))
+    noise = np.concatenate([np.ravel(x - y) for x, y in zip(a, jax.tree.leaves(params), strict=True)])
     assert (noise != 0).all() and abs(noise.std() - 0.05) < 0.01 and abs(noise.mean()) < 0.01
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
     assert not any(np.array_equal(x, y) for x, y in zip(a, c, strict=True))
@@ -249,42 +403,78 @@ def test_a_corrupted_teacher_is_reproducible_and_noisy_everywhere(tiny_teacher, 
     assert numbers["ratio"] == numbers["student"] / numbers["teacher"]
 
 
-@pytest.mark.parametrize(("m", "env_id"), STUDENTS)
+@pytest.mark.parametrize(("m", "env_id"), SCRIPTS[1:])
 def test_imperfect_teachers_everywhere(m, env_id, tmp_path, teachers, monkeypatch):
     """A corrupted teacher teaches, and is evaluated beside the original; another seed gives another one."""
-    players = []
+    taught, players = [], []
 
-    def assess(*args):
-        players.append(next(jax.tree.leaves(x)[0] for x in args if isinstance(x, dict) or hasattr(x, "params")))
-        return {"mean": float(len(players)), "std": 0.0, "returns": [0.0], "train_levels": {"mean": 0.0, "std": 0.0}}
+    def first(tree):
+        return np.asarray(jax.tree.leaves(tree)[0])
 
+    def update(*args):
+        taught.append(first(args[2]))
+        return state_of(m, args), {"losses/teacher_kl": 1.0}
+
+    def assess(args, variant, policy, player):
+        players.append(first(player))
+        return nothing()
+
+    monkeypatch.setattr(m, "update", update)
     monkeypatch.setattr(m, "assess", assess)
     for seed in (0, 1):
         flags = {"teacher_noise_std": 0.05, "teacher_noise_seed": seed, "total_timesteps": 1}
         numbers = m.main(small(m, env_id, tmp_path / f"run{seed}", **flags_of(m, env_id, teachers), **flags))
         assert {"student", "teacher", "corrupted_teacher"} <= set(numbers)
     assert np.array_equal(players[1], players[4])  # the original
+    assert np.array_equal(players[2], taught[0]) and np.array_equal(players[5], taught[1])
     assert not np.array_equal(players[2], players[1]) and not np.array_equal(players[2], players[5])
+
+
+# Evaluation and environments -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("m", "env_id"), [*on(evaluate, "Hopper-v4", "Pong-v5", "CoinrunEasy-v0"), *PPD])
 def test_evaluation_counts_the_first_episode_of_each_environment(m, env_id, teachers):
     """The same games played one by one, each alone, give the same returns; envpool seeds environment i with seed + i."""
-    model, policy, frozen = m.load_policy(teachers(env_id))
-    options = {ppd_mujoco: (), ppd_atari: (4, False), ppd_procgen: (0, 200, True), evaluate: ("evaluation", evaluate.Variant(4, 0, 200))}[m]
-    stats = getattr(frozen, "obs_stats", None)
     if env_id == "Hopper-v4":
-        policy_step = lambda x, t: m.act_deterministic(policy, frozen.params, stats, x)  # noqa: E731
+        found = m.load_policy(str(teachers(env_id)))[1:] if m is evaluate else m.make_teacher(*m.read_file(teachers(env_id)), "")[2:]
+        policy, frozen = found
+        policy_step = lambda x, t: m.act_deterministic(policy, frozen.params, frozen.obs_stats, x)  # noqa: E731
     else:
         policy_step = lambda x, t: (x[:, 0, 20, 20].astype(np.int32) + t // 7) % 6  # noqa: E731
-    together = m.evaluate(m.make_envs(env_id, 3, 7, *options), policy_step)
-    alone = [m.evaluate(m.make_envs(env_id, 1, 7 + i, *options), policy_step)[0] for i in range(3)]
-    np.testing.assert_allclose(together, alone, rtol=1e-4)
+    rest = {ppd_procgen: [True], evaluate: ["evaluation"]}.get(m, [])
+    together = m.evaluate(m.make_envs(env_id, 3, 7, variant(env_id), *rest), policy_step)
+    alone = [m.evaluate(m.make_envs(env_id, 1, 7 + i, variant(env_id), *rest), policy_step)["returns"][0] for i in range(3)]
+    np.testing.assert_allclose(together["returns"], alone, rtol=1e-4)
+    assert together["mean"] == pytest.approx(np.mean(alone), rel=1e-4) and together["std"] == pytest.approx(np.std(alone), rel=1e-3)
+
+
+def test_evaluation_says_how_many_games_differ():
+    """Four environments of which the first and the last see the same; what comes after an episode's end does not count."""
+
+    class Envs:
+        action_space = SimpleNamespace(low=-1.0, high=1.0, dtype=np.float32)
+        seen = np.array([[0, 1, 2, 0], [5, 5, 5, 5], [6, 6, 7, 8]], np.float32)[..., None]
+
+        def reset(self):
+            self.t = 0
+            return self.seen[0], {}
+
+        def step(self, actions):
+            self.t += 1
+            ends = np.array([self.t == 2, self.t == 2, self.t == 2, self.t == 2])
+            return self.seen[self.t], np.ones(4, np.float32), ends, np.zeros(4, bool), {}
+
+        def close(self):
+            pass
+
+    found = ppd_mujoco.evaluate(Envs(), lambda x, t: np.zeros((4, 1), np.float32))
+    assert found == {"mean": 2.0, "std": 0.0, "games": 3, "returns": [2.0] * 4}
 
 
 def test_envpool_gives_phantoms_and_collect_marks_them():
     m, steps = ppd_mujoco, 60
-    envs = m.make_envs("Hopper-v4", 3, 0)
+    envs = m.make_envs("Hopper-v4", 3, 0, variant("Hopper-v4"))
     cursor = m.start(envs)
     first = m.collect(envs, cursor, lambda observations, t: np.full((3, 3), 0.9 * (-1) ** t, np.float32), steps)
     dones = first.terminations | first.truncations
@@ -302,10 +492,10 @@ def random_actions(rng, actions, envs):
     return lambda observations, t: rng.integers(0, actions, envs).astype(np.int32)
 
 
-@pytest.mark.parametrize(("m", "options"), [(ppd_atari, (4, True)), (train_teacher, ("training", train_teacher.Variant(4, 0, 200)))])
-def test_a_whole_game_of_atlantis_under_life_loss_episodes(m, options):
+@pytest.mark.parametrize(("m", "last"), [(ppd_atari, True), (train_teacher, "training")])
+def test_a_whole_game_of_atlantis_under_life_loss_episodes(m, last):
     """No life is left before the game is over there. The return of a game is that of all its lives, and of no other game."""
-    envs = m.make_envs("Atlantis-v5", 2, 3, *options)
+    envs = m.make_envs("Atlantis-v5", 2, 3, variant("Atlantis-v5"), last)
     seen, step = [], envs.step
 
     def watched(actions):
@@ -329,7 +519,7 @@ def test_a_whole_game_of_atlantis_under_life_loss_episodes(m, options):
 @pytest.mark.parametrize("m", [ppd_atari, evaluate])
 def test_evaluation_on_atari_never_ends_with_a_life(m):
     """Breakout has five lives: its first termination comes with the last of them."""
-    envs = m.make_envs("Breakout-v5", 4, 0, *((4, False) if m is ppd_atari else ("evaluation", evaluate.Variant(4, None, None))))
+    envs = m.make_envs("Breakout-v5", 4, 0, variant("Breakout-v5"), *([] if m is ppd_atari else ["evaluation"]))
     envs.reset()
     rng, lost = np.random.default_rng(0), False
     for _ in range(2000):
@@ -345,9 +535,8 @@ def test_evaluation_on_atari_never_ends_with_a_life(m):
 @pytest.mark.parametrize("m", [ppd_procgen, evaluate])
 @pytest.mark.parametrize(("unseen", "low", "high"), [(True, 200, 2**31), (False, 0, 199)])
 def test_procgen_evaluates_on_the_levels_it_says(m, unseen, low, high):
-    split = "evaluation" if unseen else "train_levels"
-    options = (0, 200, unseen) if m is ppd_procgen else (split, m.Variant(None, 0, 200))
-    envs, rng, levels = m.make_envs("JumperEasy-v0", 64, 0, *options), np.random.default_rng(0), set()
+    split = unseen if m is ppd_procgen else "evaluation" if unseen else "train_levels"
+    envs, rng, levels = m.make_envs("JumperEasy-v0", 64, 0, variant("JumperEasy-v0"), split), np.random.default_rng(0), set()
     levels |= set(envs.reset()[1]["level_seed"].tolist())
     for _ in range(300):
         levels |= set(envs.step(rng.integers(0, 15, 64).astype(np.int32))[4]["level_seed"].tolist())
@@ -357,7 +546,7 @@ def test_procgen_evaluates_on_the_levels_it_says(m, unseen, low, high):
 @pytest.mark.parametrize("env_id", ["Walker2d-v4", "Breakout-v5", pytest.param("StarpilotEasy-v0", marks=needs_procgen)])
 def test_any_task_of_a_suite_has_sensible_defaults(env_id, tmp_path, monkeypatch):
     m = train_teacher
-    monkeypatch.setattr(m, "assess", lambda *args: {"mean": 0.0, "std": 0.0, "returns": [0.0]})
+    monkeypatch.setattr(m, "assess", nothing)
     args = m.resolve(m.Args(env_id=env_id))
     assert args.num_envs * args.num_steps / args.num_minibatches == 512
     assert np.isfinite(m.main(small(m, env_id, tmp_path / "run", total_timesteps=64))["SPS"])
@@ -379,22 +568,30 @@ def test_a_film_of_mujoco_can_be_opened(tiny_teacher, tmp_path):
 
 @pytest.mark.parametrize(("env_id", "shape"), [("Pong-v5", (210, 160, 3)),
                                                pytest.param("CoinrunEasy-v0", (64, 64, 3), marks=needs_procgen)])
-def test_a_film_of_images_can_be_opened(env_id, shape, teachers, tmp_path):
+def test_a_film_of_images_can_be_opened(env_id, shape, teachers, tmp_path, monkeypatch):
     film = tmp_path / "film.gif"
+    monkeypatch.setattr(evaluate, "assess", nothing)
     evaluate.main(evaluate.Args(model=str(teachers(env_id)), episodes=1, video=str(film), video_seconds=3.0))
     frames = imageio.imread(film)
     assert frames.shape[1:] == shape and len(frames) > 5 and frames.std() > 10
 
 
-@pytest.mark.parametrize("script", ["train_teacher", "ppd_mujoco", "ppd_atari", "ppd_procgen", "student_distill", "teacher_distill",
-                                    "evaluate"])
-def test_help_is_documentation(script):
-    began = time.time()
-    text = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"COLUMNS": "160"}, check=True).stdout
-    assert time.time() - began < 20  # 4 seconds on an idle machine; a busy one takes longer
-    assert "2407.15134" in text and "default: " in text
-    if script.startswith("ppd"):
-        assert all(f"{group} options" in text for group in ("Task", "Distillation", "PPO", "Output"))
+# The command line ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [train_teacher, ppd_mujoco, ppd_atari, ppd_procgen, student_distill, teacher_distill, ppd_gymnax, evaluate])
+def test_help_is_documentation(m, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.tyro.cli(m.Args, args=["--help"], description=m.__doc__) if m is evaluate else m.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "2407.15134" in text and "default: " in text
+    if m.__name__.startswith("ppd"):
         assert all(re.search(rf"--{flag}\b", text) for flag in ("distill-coef", "kl-direction", "teacher-noise-std", "gamma"))
         assert all(symbol in text for symbol in "λσαεγ")
+
+
+def test_help_comes_quickly():
+    began = time.time()
+    text = subprocess.run([sys.executable, "ppd_mujoco.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert time.time() - began < 20 and "--distill-coef" in text  # 4 seconds on an idle machine; a busy one takes longer

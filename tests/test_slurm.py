@@ -60,7 +60,7 @@ SlurmdParameters=config_overrides
 KillWait=5
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
-PartitionName=low Nodes={host} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=low Nodes={host} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=12
 PartitionName=high Nodes={host} PriorityTier=10 PreemptMode=OFF
 """)
     monkeypatch.setenv("SLURM_CONF", str(config))
@@ -92,11 +92,11 @@ PartitionName=high Nodes={host} PriorityTier=10 PreemptMode=OFF
 def test_an_array_of_runs_survives_preemption(slurm, tmp_path):
     folder = tmp_path / "grid"
     words = [sys.executable, "benchmark/grid.py", "--executor", "slurm", "--slurm-partition", "low", "--slurm-cpus", "1", "--suite", "gymnax",
-             "--task", "Breakout-MinAtar", "--size", "same", "smaller", "--folder", str(folder), f"--extra={TINY}"]
+             "--task", "Breakout-MinAtar", "--size", "same", "--folder", str(folder), f"--extra={TINY}"]
     grid = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         began = time.time()
-        while not (cut := [path.parent for path in folder.glob("methods__*__ppd__*/checkpoint_previous.msgpack")]):
+        while not (cut := [path.parent for path in folder.glob("methods__*__ppd__*/checkpoint_*.safetensors") if int(path.stem[11:])]):
             assert grid.poll() is None and time.time() - began < 300, grid.communicate()[0] if grid.poll() else "too slow"
             time.sleep(0.2)
         running = subprocess.run(["squeue", "-h", "-t", "R", "-o", "%i"], capture_output=True, text=True).stdout.split()
@@ -107,11 +107,11 @@ def test_an_array_of_runs_survives_preemption(slurm, tmp_path):
     finally:
         grid.kill()
     logs = {path.stem: path.read_text() for path in folder.glob("*.log")}
-    assert grid.returncode == 0 and "7 of 7 runs are done" in out, out + str(logs)
+    assert grid.returncode == 0 and "4 of 4 runs are done" in out, out + str(logs)
     assert "interrupted; go on with" in logs[cut[0].name] and "--resume" in logs[cut[0].name]
     with open(folder / "results/gymnax.csv", newline="") as file:
         rows = [(row["experiment"], row["method"], row["size"]) for row in csv.DictReader(file)]
-    assert len(rows) == len(set(rows)) == 7
+    assert len(rows) == len(set(rows)) == 4
     for path in folder.glob("*/progress.csv"):  # no row lost or repeated
         with open(path, newline="") as file:
             steps = [(row["phase"], int(row["global_step"])) for row in csv.DictReader(file)]
