@@ -73,7 +73,7 @@ def learn(m, envs, updates, gamma=0.5, teacher=None, **flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(m, "OBSERVATION_SHAPE", x.shape[1:], raising=False)
         state = m.init_state(args, networks, *((x.shape[1:],) if any_suite else () if images else (2,)))
-    state = jax.device_put(state, jax.sharding.NamedSharding(m.over_devices(1).keywords["mesh"], m.P()))
+    state = jax.device_put(state, m.replicated(1))
     stats = None if images else m.Stats(jnp.zeros(2), jnp.ones(2), jnp.float32(1.0))
     frozen = teacher or policy.init(jax.random.PRNGKey(1), x)
     frozen = frozen if m is ppd_atari else m.Frozen(frozen, stats)

@@ -331,7 +331,7 @@ class Learner:
 
     def start(self):
         """The state at first, where an update leaves it: whole on each device."""
-        mesh = self.m.over_devices(self.args.num_devices).keywords["mesh"]
+        mesh = self.m.replicated(self.args.num_devices).mesh
         return jax.device_put(self.init(), jax.sharding.NamedSharding(mesh, self.m.P()))
 
     def init(self):

@@ -36,7 +36,7 @@ DIFFERENT = {
     "TSDE AP": ("distribution", "reset"),
     # ppd_gymnax.py has no phantoms, and trains many runs at once
     "TMAPSDE": ("RESUMABLE", "check_finite", "collect", "compute_gae", "discount_forward", "distill_coef_at", "distill_loss", "evaluate",
-                "load_checkpoint", "make_optimizer", "over_devices", "resume", "standardize", "update_stats"),
+                "load_checkpoint", "make_optimizer", "over_devices", "replicated", "resume", "standardize", "update_stats"),
 }
 GROUPS = {name: [{LETTERS[letter] for letter in group} for group in groups.split()] for groups, names in DIFFERENT.items() for name in names}
 # Flags whose default, and with it the docstring, is each script's own
