@@ -47,6 +47,11 @@ CORRUPTED = {
 }
 METHODS = ("ppd", "student-distill", "teacher-distill")
 SIZES = ("smaller", "same", "larger")
+CPU_TASKS = {"procgen": TASKS["procgen"], "atari": ("Pong-v5",)}  # images with networks that a CPU can train
+# Nature-CNN with the 64 units of its teacher, or with 512
+CPU_SIZES = {"smaller": (), "smaller-512": ("--student-hidden", "512")}
+CPU_TEACHER = ("--size", "smaller", "--total-timesteps", "3000000")
+CPU_STUDENT = {"procgen": (), "atari": ("--total-timesteps", "1000000")}
 NOISE_STD = 0.05  # of imperfect teachers
 DISTILL_COEFS = (0.5, 2.0, 5.0)  # and 1, which larger students have anyway
 SEEDS = (100, 200, 300, 400, 500)
@@ -62,7 +67,7 @@ MINIATURE = {
                                        "--total-timesteps", "40000", "--eval-episodes", "20")),
 }
 
-EXPERIMENTS = ("teachers", "methods", "imperfect", "lambda")
+EXPERIMENTS = ("teachers", "methods", "imperfect", "lambda", "cpu-teachers", "cpu-methods", "cpu-imperfect")
 
 
 class Run(NamedTuple):
@@ -93,8 +98,10 @@ class Run(NamedTuple):
     @property
     def teacher(self) -> "Run | None":
         """The run that makes its teacher."""
-        if self.experiment == "teachers":
+        if self.method == "ppo":
             return None
+        if self.experiment.startswith("cpu"):
+            return Run("cpu-teachers", self.suite, self.task, "ppo", "smaller", self.seed)
         return Run("teachers", self.suite, self.task, "ppo", "same", self.seed)
 
 
@@ -111,21 +118,29 @@ def experiments(suite: str) -> Iterator[Run]:
                 yield Run("lambda", suite, task, "ppd", "larger", seed)
             elif suite == "atari":
                 yield from (Run("lambda", suite, task, "ppd", "larger", seed, value) for value in DISTILL_COEFS)
+    for task in CPU_TASKS.get(suite, ()):
+        sizes = tuple(CPU_SIZES)[: 2 if suite == "procgen" else 1]
+        yield Run("cpu-teachers", suite, task, "ppo", "smaller", SEEDS[0])
+        yield from (Run("cpu-methods", suite, task, method, size, SEEDS[0]) for size in sizes for method in METHODS)
+        if suite == "procgen":
+            yield from (Run("cpu-imperfect", suite, task, method, sizes[-1], SEEDS[0]) for method in METHODS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     """All flags of this program; a filter that is not given lets everything pass."""
 
-    experiment: tuple[Literal["teachers", "methods", "imperfect", "lambda"], ...] = ()
-    """filter: teachers; every method and size; corrupted teachers; several λ"""
+    experiment: tuple[
+        Literal["teachers", "methods", "imperfect", "lambda", "cpu-teachers", "cpu-methods", "cpu-imperfect"], ...] = ()
+    """filter: teachers; every method and size; corrupted teachers; several λ; with cpu-, images at a scale that a CPU
+    can train"""
     suite: tuple[Literal["atari", "mujoco", "procgen", "gymnax"], ...] = ()
     """filter"""
     task: tuple[str, ...] = ()
     """filter, by envpool's or gymnax's name"""
     method: tuple[Literal["ppo", "ppd", "student-distill", "teacher-distill"], ...] = ()
     """filter; ppo trains teachers"""
-    size: tuple[Literal["smaller", "same", "larger"], ...] = ()
+    size: tuple[Literal["smaller", "same", "larger", "smaller-512"], ...] = ()
     """filter: the student's size"""
     seed: tuple[int, ...] = ()
     """filter: 100, 200, 300, 400 or 500; gymnax's run of seed 100 is of five seeds"""
@@ -159,9 +174,12 @@ class Args:
 
 
 def made_teacher(run: Run) -> Run | None:
-    """The run of the grid that a student's teacher comes from; none where its teacher is shipped."""
-    shipped = run.suite != "gymnax" and (ROOT / f"teachers/{run.task}__{run.seed}.safetensors").exists()
-    return None if shipped else run.teacher
+    """The run of the grid that a student's teacher comes from; none where its teacher is shipped.
+
+    The shipped teachers of images are small ones, for the experiments at CPU scale alone.
+    """
+    shipped = (ROOT / f"teachers/{run.task}__{run.seed}.safetensors").exists()
+    return None if shipped and (run.suite == "mujoco" or run.experiment.startswith("cpu")) else run.teacher
 
 
 def teacher_path(run: Run, args: Args) -> str:
@@ -176,12 +194,18 @@ def command(run: Run, args: Args) -> list[str]:
     words = ["python", run.script, "--env-id", run.task, "--seed", str(run.seed)]
     if run.suite == "gymnax":
         words += [*GYMNAX, "--method", run.method]
-    if run.experiment != "teachers":
-        words += ["--teacher", teacher_path(run, args), "--student-size", run.size]
-        if run.suite == "gymnax" or run.experiment == "imperfect":
-            words += ["--teacher-noise-std", str(NOISE_STD if run.experiment == "imperfect" else 0.0)]
-            if run.experiment == "imperfect":
+    if run.experiment == "cpu-teachers":
+        words += CPU_TEACHER
+    if run.method != "ppo":
+        size, *rest = run.size.split("-")
+        words += ["--teacher", teacher_path(run, args), "--student-size", size, *(CPU_SIZES[run.size] if rest else ())]
+        imperfect = run.experiment.endswith("imperfect")
+        if run.suite == "gymnax" or imperfect:
+            words += ["--teacher-noise-std", str(NOISE_STD if imperfect else 0.0)]
+            if imperfect:
                 words += ["--teacher-noise-seed", str(run.seed)]
+        if run.experiment.startswith("cpu"):
+            words += CPU_STUDENT[run.suite]
     if run.experiment == "lambda":
         values = GYMNAX_COEFS if run.distill_coef is None else (run.distill_coef,)
         words += ["--distill-coef", *(f"{value:g}" for value in values)]

@@ -257,6 +257,40 @@ def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
     return markdown(header, table)
 
 
+def cpu_table(runs: pd.DataFrame, suite: str) -> str:
+    """Images at a scale that a CPU can train: return ± standard error over games, and the fraction of the teacher's."""
+    runs = runs[runs.experiment.str.startswith("cpu-") & (runs.method != "ppo") & (runs.suite == suite)]
+    levels = {"unseen levels": "", "training levels": "train_"} if suite == "procgen" else {"": ""}
+    table = []
+    groups = runs.groupby(["task", "size", "experiment", "seed"])
+    for ((task, size, experiment, _), rows), (label, split) in itertools.product(groups, levels.items()):
+        corrupted = ["corrupted_teacher"] if experiment == "cpu-imperfect" else []
+        taught = scores_at(rows[:1], "teacher", split)
+        cells = [scores_at(rows[:1], player, split, taught) for player in corrupted]
+        cells += [scores_at(rows[rows.method == name], "student", split, taught) for name in METHODS]
+        units = f"{size.partition('-')[2] or 64} units"
+        table.append([task, label, units, cell_of(taught), *map(cell_of, cells if corrupted else [(), *cells])])
+    return markdown(["task", "levels", "students", "teacher", "corrupted teacher", *METHODS], table)
+
+
+def scores_at(rows: pd.DataFrame, player: str, split: str, teacher: tuple = ()) -> tuple:
+    """Mean return of a single run, its standard error over different games, and the fraction of a teacher's mean."""
+    if rows.empty:
+        return ()
+    row = rows.iloc[0]
+    mean, std, games = (row.get(f"{player}_{split}{kind}") for kind in ("mean", "std", "games"))
+    error = std / (row.episodes if games is None or np.isnan(games) else games) ** 0.5
+    return (mean, error, *([mean / teacher[0]] if teacher and teacher[0] > 0 else []))
+
+
+def cell_of(found: tuple) -> str:
+    """Such a score as a cell."""
+    if not found:
+        return ""
+    mean, error, *fraction = found
+    return f"{number(mean)} ± {number(error, mean)}" + (f" ({fraction[0]:.2f})" if fraction else "")
+
+
 def lambda_table(runs: pd.DataFrame, suite: str) -> str:
     """The λ study: larger students by PPD, as a fraction of their teachers."""
     runs = runs[(runs.experiment == "lambda") & (runs.suite == suite)]
@@ -356,6 +390,10 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
         title = f"{SUITES[suite]}: larger students"
         if curves(folder, each[each.experiment == "methods"], "method", {x: x for x in METHODS}, name, title):
             shown.append(f"![{title}]({name})")
+        small = runs[(runs.suite == suite) & (runs.experiment == "cpu-methods") & (runs["size"] == "smaller")]
+        title, name = f"{SUITES[suite]} at CPU scale: students of 64 units", f"figure_cpu_{suite}.png"
+        if curves(folder, small, "method", {x: x for x in METHODS}, name, title):
+            shown.append(f"![{title}]({name})")
         studied, name = each[each.experiment == "lambda"], f"figure2_{suite}.png"
         labels = {x: f"λ = {x:g}" for x in sorted(studied.distill_coef.unique())}
         title = f"{SUITES[suite]}: larger students by PPD with several λ"
@@ -399,7 +437,11 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
             found[f"{suite}-lambda"] = (
                 f"{name}: larger students by PPD with several λ; "
                 f"returns: {spread(each[each.experiment == 'lambda'])}\n\n" + lambda_table(runs, suite))
-        if suite == "procgen":
+        if kinds & {"cpu-methods", "cpu-imperfect"}:
+            found[f"{suite}-cpu"] = (
+                f"{name} at CPU scale, {spread(each)}: returns ± standard error over games, and as a fraction of the "
+                "teacher's\n\n" + cpu_table(runs, suite))
+        if suite == "procgen" and kinds & {"methods", "imperfect"}:
             found["procgen-train-methods"] = (
                 f"{name}, training levels: students as a fraction of their teachers, geometric mean (Table 7)\n\n"
                 + methods_table(runs, suite, "geometric", "train_"))

@@ -45,7 +45,8 @@ def test_the_grid_is_the_papers():
     paper = [run for run in runs if run.suite != "gymnax"]
     tasks, seeds = 11 + 4 + 4, 5
     count = {name: sum(run.experiment == name for run in paper) for name in grid.EXPERIMENTS}
-    assert count == {"teachers": tasks * seeds, "methods": tasks * 3 * 3 * seeds, "imperfect": 8 * 3 * seeds, "lambda": 4 * 3 * seeds}  # λ = 1 is among the methods
+    assert count == {"teachers": tasks * seeds, "methods": tasks * 3 * 3 * seeds, "imperfect": 8 * 3 * seeds, "lambda": 4 * 3 * seeds,  # λ = 1 is among the methods
+                     "cpu-teachers": 5, "cpu-methods": (4 * 2 + 1) * 3, "cpu-imperfect": 4 * 3}
     known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
     for suite, table in itertools.product(("atari", "mujoco", "procgen"), (5, 6)):
         named = set(known[(known.table == table) & (known.suite == suite)].env) - {"all"}
@@ -62,9 +63,12 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
         assert (flags.env_id, flags.seed) == (run.task, run.seed)
         if run.suite == "gymnax":
             assert (flags.method, flags.num_seeds) == (run.method, 5)
-        if run.experiment != "teachers":
-            assert flags.student_size == run.size and run.task in flags.teacher
-            assert flags.teacher_noise_std == (0.05 if run.experiment == "imperfect" else 0.0)
+        if run.experiment == "cpu-teachers":
+            assert flags.size == run.size
+        if run.method != "ppo":
+            assert run.size.startswith(flags.student_size) and run.task in flags.teacher
+            assert (flags.student_hidden == (512,)) == run.size.endswith("512")
+            assert flags.teacher_noise_std == (0.05 if run.experiment.endswith("imperfect") else 0.0)
             assert run.script != "ppd_gymnax.py" or run.experiment != "lambda" or flags.distill_coef == (0, 0.5, 2, 5)
         if run.distill_coef is not None:
             assert flags.distill_coef == run.distill_coef
@@ -266,3 +270,19 @@ def test_committed_rows_are_whole():
         for row in rows:
             assert row["suite"] == path.stem and row["teacher_mean"] and row["command"].startswith("python ") and "/tmp" not in row["command"]
             assert (row["student_mean"] != "") == (row["method"] != "ppo")
+
+
+def test_the_table_of_images_at_cpu_scale():
+    about = {"suite": "procgen", "task": "CoinrunEasy-v0", "seed": 100, "episodes": 100, "teacher_mean": 5.0, "teacher_std": 2.0,
+             "teacher_train_mean": 8.0, "teacher_train_std": 1.0}
+    rows = [{"experiment": "cpu-methods", "method": "ppd", "size": "smaller", "student_mean": 4.5, "student_std": 3.0, "student_games": 25,
+             "student_train_mean": 8.0, "student_train_std": 1.0},
+            {"experiment": "cpu-imperfect", "method": "student-distill", "size": "smaller-512", "student_mean": 2.0, "student_std": 1.0,
+             "student_train_mean": 4.0, "student_train_std": 1.0, "corrupted_teacher_mean": 1.0, "corrupted_teacher_std": 1.0,
+             "corrupted_teacher_train_mean": 2.0, "corrupted_teacher_train_std": 1.0}]
+    table = report.cpu_table(pd.DataFrame([about | row for row in rows]), "procgen").splitlines()
+    assert table[2:] == [
+        "| CoinrunEasy-v0 | unseen levels | 64 units | 5.00 ± 0.20 |  |  |  | 4.50 ± 0.60 (0.90) |",
+        "| CoinrunEasy-v0 | training levels | 64 units | 8.00 ± 0.10 |  |  |  | 8.00 ± 0.10 (1.00) |",
+        "| CoinrunEasy-v0 | unseen levels | 512 units | 5.00 ± 0.20 | 1.00 ± 0.10 (0.20) |  | 2.00 ± 0.10 (0.40) |  |",
+        "| CoinrunEasy-v0 | training levels | 512 units | 8.00 ± 0.10 | 2.00 ± 0.10 (0.25) |  | 4.00 ± 0.10 (0.50) |  |"]
