@@ -150,6 +150,8 @@ class Args:
     """weight of the distillation term (the paper's λ); 0 is PPO; several values are as many students of each seed"""
     distill_coef_final: float | None = None
     """weight at the end of the run, reached linearly; by default λ stays constant"""
+    distill_weight: Literal["ratio", "detached"] = "ratio"
+    """factor of the KL divergence, max(r, 1-ε): with its gradient, the paper's, or without"""
     kl_direction: Literal["forward", "reverse"] = "forward"
     """KL(teacher || student), the paper's, or KL(student || teacher)"""
 
@@ -287,8 +289,9 @@ def resolve(args: Args) -> Args:
         fail(f"--distill-coef takes numbers between 0 and 1e6, not {args.distill_coef}")
     if args.method == "ppo" and args.teacher:
         fail("--method ppo trains teachers; with --teacher there is nothing left to do")
-    if args.method != "ppd" and (args.distill_coef != (1.0,) or args.distill_coef_final is not None):
-        fail(f"--distill-coef weighs PPD's term; {args.method} has none")
+    own = (args.distill_coef, args.distill_coef_final, args.distill_weight)
+    if args.method != "ppd" and own != ((1.0,), None, "ratio"):
+        fail(f"--distill-coef and --distill-weight are of PPD's term; {args.method} has none")
     if args.cnn and not is_grid(args.env_id):
         fail(f"--cnn is for MinAtar; {args.env_id} has states")
     hidden = args.network.hidden
@@ -312,8 +315,8 @@ def teacher_args(args: Args) -> Args:
     """Return the flags of the teachers' training: PPO is PPD with λ = 0 and no teacher."""
     return dataclasses.replace(
         args, method="ppd", student_size="same", student_hidden=None, distill_coef=(0.0,), distill_coef_final=None,
-        total_timesteps=args.teacher_timesteps, ent_coef=args.teacher_ent_coef, num_envs=args.teacher_num_envs,
-        num_steps=args.teacher_num_steps)
+        distill_weight="ratio", total_timesteps=args.teacher_timesteps, ent_coef=args.teacher_ent_coef,
+        num_envs=args.teacher_num_envs, num_steps=args.teacher_num_steps)
 
 
 # ======================================================================================================================
@@ -553,7 +556,7 @@ class Batch(NamedTuple):
 
 
 def ppd_terms(
-    outputs: Any, value: jax.Array, sample: Batch, clip_coef: float, kl_direction: str
+    outputs: Any, value: jax.Array, sample: Batch, clip_coef: float, kl_direction: str, distill_weight: str
 ) -> dict[str, jax.Array]:
     """Compute the terms of one sample's loss, as scalars (Algorithm 1).
 
@@ -564,27 +567,30 @@ def ppd_terms(
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
     kl = teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)  # PPD
+    weight = jnp.maximum(ratio, 1.0 - clip_coef)  # PPD: the paper's has a gradient, which flows through both factors
+    weight = jax.lax.stop_gradient(weight) if distill_weight == "detached" else weight
     return {
         "policy_loss": -jnp.minimum(ratio * sample.advantages, clipped * sample.advantages),
         "value_loss": (value - sample.returns) ** 2,
         "entropy": pi.entropy(),
         "approx_kl": ratio - 1.0 - log_ratio,
         "clipfrac": (jnp.abs(ratio - 1.0) > clip_coef).astype(jnp.float32),
-        "distill_loss": kl * jnp.maximum(ratio, 1.0 - clip_coef),  # PPD: the gradient flows through both factors
+        "distill_loss": kl * weight,  # PPD
         "teacher_kl": kl,
     }
 
 
 def ppd_loss(
     outputs: Any, values: jax.Array, batch: Batch, distill_coef: float | None, clip_coef: float, ent_coef: float,
-    vf_coef: float, kl_direction: str,
+    vf_coef: float, kl_direction: str, distill_weight: str,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute the loss of a minibatch and its terms, averaged over the samples.
 
     outputs: of the student's policy, [B, A] (each); values: of the student, [B]; distill_coef: λ at this step, or None
     for PPO, which has no teacher.
     """
-    terms = jax.vmap(partial(ppd_terms, clip_coef=clip_coef, kl_direction=kl_direction))(outputs, values, batch)
+    each = partial(ppd_terms, clip_coef=clip_coef, kl_direction=kl_direction, distill_weight=distill_weight)
+    terms = jax.vmap(each)(outputs, values, batch)
     terms = jax.tree.map(jnp.mean, terms)
     loss = terms["policy_loss"] + vf_coef * terms["value_loss"] - ent_coef * terms["entropy"]
     if distill_coef is not None:  # PPD
@@ -748,7 +754,7 @@ def learn_ppd(
             outputs = networks.policy.apply(params["policy"], minibatch.observations)
             values = networks.value.apply(params["value"], minibatch.observations)
             return ppd_loss(outputs, values, minibatch, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
-                            args.kl_direction)
+                            args.kl_direction, args.distill_weight)
 
         return gradient_step(args, loss_fn, *carry)
 

@@ -105,6 +105,8 @@ class Args:
     """weight of the distillation term (the paper's λ); 0 is PPO"""
     distill_coef_final: float | None = None
     """weight at the end of the run, reached linearly; by default λ stays constant"""
+    distill_weight: Literal["ratio", "detached"] = "ratio"
+    """factor of the KL divergence, max(r, 1-ε): with its gradient, the paper's, or without"""
     kl_direction: Literal["forward", "reverse"] = "forward"
     """KL(teacher || student), the paper's, or KL(student || teacher)"""
     teacher_noise_std: float = 0.0
@@ -470,7 +472,7 @@ class Batch(NamedTuple):
 
 
 def ppd_terms(
-    outputs: Any, value: jax.Array, sample: Batch, clip_coef: float, kl_direction: str
+    outputs: Any, value: jax.Array, sample: Batch, clip_coef: float, kl_direction: str, distill_weight: str
 ) -> dict[str, jax.Array]:
     """Compute the terms of one sample's loss, as scalars (Algorithm 1).
 
@@ -481,26 +483,29 @@ def ppd_terms(
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
     kl = teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)  # PPD
+    weight = jnp.maximum(ratio, 1.0 - clip_coef)  # PPD: the paper's has a gradient, which flows through both factors
+    weight = jax.lax.stop_gradient(weight) if distill_weight == "detached" else weight
     return {
         "policy_loss": -jnp.minimum(ratio * sample.advantages, clipped * sample.advantages),
         "value_loss": (value - sample.returns) ** 2,
         "entropy": pi.entropy(),
         "approx_kl": ratio - 1.0 - log_ratio,
         "clipfrac": (jnp.abs(ratio - 1.0) > clip_coef).astype(jnp.float32),
-        "distill_loss": kl * jnp.maximum(ratio, 1.0 - clip_coef),  # PPD: the gradient flows through both factors
+        "distill_loss": kl * weight,  # PPD
         "teacher_kl": kl,
     }
 
 
 def ppd_loss(
     outputs: Any, values: jax.Array, batch: Batch, distill_coef: float, clip_coef: float, ent_coef: float,
-    vf_coef: float, kl_direction: str,
+    vf_coef: float, kl_direction: str, distill_weight: str,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute the loss of a minibatch and its terms, averaged over the samples whose weight is 1.
 
     outputs: of the student's policy, [B, A] each; values: of the student, [B]; distill_coef: λ at this step.
     """
-    terms = jax.vmap(partial(ppd_terms, clip_coef=clip_coef, kl_direction=kl_direction))(outputs, values, batch)
+    each = partial(ppd_terms, clip_coef=clip_coef, kl_direction=kl_direction, distill_weight=distill_weight)
+    terms = jax.vmap(each)(outputs, values, batch)
     terms = {name: weighted_mean(term, batch.weights) for name, term in terms.items()}
     loss = terms["policy_loss"] + vf_coef * terms["value_loss"] - ent_coef * terms["entropy"]
     loss += distill_coef * terms["distill_loss"]  # PPD
@@ -630,7 +635,7 @@ def update(
         outputs = networks.policy.apply(params["policy"], samples.observations)
         values = networks.value.apply(params["value"], samples.observations)
         return ppd_loss(outputs, values, samples, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
-                        args.kl_direction)
+                        args.kl_direction, args.distill_weight)
 
     def add_up(params, part, total):  # on each device
         share, found = part.weights.sum() / total, jax.grad(loss_fn, has_aux=True)(params, part)

@@ -1,4 +1,4 @@
-"""PPD beside PPD without the gradient through its ratio: copies ppd_mujoco.py, changes one line of the loss, runs both.
+"""PPD beside PPD without the gradient through its ratio: ppd_mujoco.py with each --distill-weight.
 
     python benchmark/detached.py --json benchmark/results/detached/HalfCheetah-v4.json
 
@@ -19,8 +19,6 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-LINE = '"distill_loss": kl * jnp.maximum(ratio, 1.0 - clip_coef),'
-CHANGED = '"distill_loss": kl * jax.lax.stop_gradient(jnp.maximum(ratio, 1.0 - clip_coef)),'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +36,9 @@ class Args:
     eval_episodes: int = 50
     """episodes of each evaluation"""
     folder: Path = Path("runs/detached")
-    """where the runs and the changed copy go"""
+    """where the runs go"""
     json: str | None = None
     """also write the figures to this file"""
-
-
-def change(folder: Path) -> Path:
-    """A copy of ppd_mujoco.py with the changed line."""
-    source = (ROOT / "ppd_mujoco.py").read_text()
-    if source.count(LINE) != 1:
-        raise SystemExit(f"error: ppd_mujoco.py has no longer the line {LINE}")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "ppd_detached.py"
-    path.write_text(source.replace(LINE, CHANGED))
-    return path
 
 
 def recent(values: list[float], fraction: float) -> float:
@@ -60,10 +47,10 @@ def recent(values: list[float], fraction: float) -> float:
     return statistics.fmean(values[max(0, last - 20): last])
 
 
-def distil(args: Args, script: Path, seed: int) -> dict:
+def distil(args: Args, weight: str, seed: int) -> dict:
     """Distils one student, unless that is done; what it came to, and its KL divergence at quarters of the run."""
-    run = args.folder / f"{script.stem}__{args.env_id}__{args.student_size}__{seed}"
-    wanted = {"total_timesteps": args.timesteps, "eval_episodes": args.eval_episodes}
+    run = args.folder / f"{weight}__{args.env_id}__{args.student_size}__{seed}"
+    wanted = {"total_timesteps": args.timesteps, "eval_episodes": args.eval_episodes, "distill_weight": weight}
     if (run / "args.json").exists():
         made = json.loads((run / "args.json").read_text())
         if made | wanted != made:
@@ -76,8 +63,8 @@ def distil(args: Args, script: Path, seed: int) -> dict:
             flags = {"resume": run}
         else:  # it ended before its first checkpoint, or has not begun
             shutil.rmtree(run, ignore_errors=True)
-        words = [sys.executable, str(script), *(str(x) for name, value in flags.items() for x in (f"--{name}", value))]
-        if subprocess.run(words).returncode != 0:
+        words = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
+        if subprocess.run([sys.executable, str(ROOT / "ppd_mujoco.py"), *words]).returncode != 0:
             raise SystemExit(f"error: the run in {run} failed")
     result = json.loads((run / "results.json").read_text())
     with open(run / "progress.csv", newline="") as file:
@@ -88,8 +75,8 @@ def distil(args: Args, script: Path, seed: int) -> dict:
 
 def main(args: Args) -> dict:
     """Runs what is missing and prints the figures; returns what the file has."""
-    scripts = {"ppd": ROOT / "ppd_mujoco.py", "detached": change(args.folder)}
-    found = {name: [distil(args, script, seed) for seed in args.seeds] for name, script in scripts.items()}
+    weights = {"ppd": "ratio", "detached": "detached"}
+    found = {name: [distil(args, weight, seed) for seed in args.seeds] for name, weight in weights.items()}
     print(f"\n{args.env_id}, {args.student_size} students, {args.timesteps:,} steps; seeds {args.seeds}")
     for name, runs in found.items():
         ratios = ", ".join(f"{x['ratio']:.3f}" for x in runs)

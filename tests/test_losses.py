@@ -51,9 +51,9 @@ def ppd_batch(m, d):
     return m.Batch(None, d["actions"], d["old_logprobs"], d["advantages"], d["returns"], *weights, teacher_outputs(d))
 
 
-def ppd(t, m, d, lam, direction, batch=None):
+def ppd(t, m, d, lam, direction, batch=None, weight="ratio"):
     return m.ppd_loss(outputs(t), t["values"], batch or ppd_batch(m, d), lam, d["clip_coef"], d["ent_coef"], d["vf_coef"],
-                      direction)
+                      direction, weight)
 
 
 def ppo(t, d):
@@ -135,7 +135,7 @@ def test_the_ratio_is_not_detached():
     sample = ppd_mujoco.Batch(None, jnp.array([1.0]), 0.0, 0.0, 0.0, 1.0, (one + 2.0, one))
 
     def term(mean, old_log_prob):
-        terms = ppd_mujoco.ppd_terms((mean, one), jnp.float32(0.0), sample._replace(log_probs=old_log_prob), 0.2, "forward")
+        terms = ppd_mujoco.ppd_terms((mean, one), jnp.float32(0.0), sample._replace(log_probs=old_log_prob), 0.2, "forward", "ratio")
         return terms["distill_loss"]
 
     log_prob = -0.5 * (1.0 - 0.5) ** 2 - 0.5 * np.log(2 * np.pi)
@@ -144,6 +144,53 @@ def test_the_ratio_is_not_detached():
     assert float(above[0]) == pytest.approx(1.5 * d_kl + kl * 1.5 * d_log_prob, rel=1e-5)
     below = jax.grad(lambda m: term(m, log_prob - np.log(0.5)))(jnp.array([mean]))  # ratio 0.5: clipped to 0.8
     assert float(below[0]) == pytest.approx(0.8 * d_kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize(("m", "case"), [(ppd_mujoco, GAUSSIAN[-1]), (ppd_atari, DISCRETE[-1]), (ppd_gymnax, GAUSSIAN[-1])])
+def test_detached_is_the_papers_term_without_the_gradient_through_the_ratio(m, case, direction):
+    """The same loss; the gradients differ by that of KL held constant times max(r, 1-ε)."""
+    d = load(case)
+    t, batch = tables(d), ppd_batch(m, d)
+    kl = m.ppd_loss(outputs(t), t["values"], batch._replace(log_probs=batch.log_probs + 50.0), 0.0, 0.2, 0.0, 0.0, direction, "ratio")[1]["teacher_kl"]
+    (loss, metrics), papers = jax.value_and_grad(ppd, has_aux=True)(t, m, d, 2.0, direction)
+    (same, _), detached = jax.value_and_grad(ppd, has_aux=True)(t, m, d, 2.0, direction, weight="detached")
+    assert loss == same
+    close(kl, metrics["teacher_kl"])  # it has nothing to do with the ratio
+
+    def through_the_ratio(t):
+        pi, fixed = m.distribution(outputs(t)), m.distribution(outputs(tables(d)))
+        teacher = m.distribution(teacher_outputs(d))
+        kl = teacher.kl_divergence(fixed) if direction == "forward" else fixed.kl_divergence(teacher)
+        return 2.0 * (kl * jnp.maximum(jnp.exp(pi.log_prob(d["actions"]) - d["old_logprobs"]), 1.0 - d["clip_coef"])).mean()
+
+    jax.tree.map(lambda a, b, c: close(a, b + c), papers, detached, jax.grad(through_the_ratio)(t) | {"values": jnp.zeros_like(t["values"])})
+    assert float(jnp.abs(papers["out"] - detached["out"]).max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "discrete"])
+def test_the_gradient_through_the_ratio_is_zero_in_expectation(kind):
+    """Over actions of the policy that acted, where the clip leaves r alone: one state, many actions, float64."""
+    m = ppd_mujoco if kind == "gaussian" else ppd_atari
+    with jax.enable_x64(True):
+        out = (jnp.array([0.3, -0.5]), jnp.array([-0.2, 0.1])) if kind == "gaussian" else jnp.array([0.5, -1.0, 0.2, 0.0])
+        taught = (jnp.array([2.0, 1.0]), jnp.array([-1.0, -1.0])) if kind == "gaussian" else jnp.array([3.0, -2.0, 0.0, 0.0])
+        actions = m.distribution(out).sample(seed=jax.random.PRNGKey(0), sample_shape=(200_000,))
+        log_probs = m.distribution(out).log_prob(actions)
+        sample = m.Batch(None, actions, log_probs, jnp.zeros_like(log_probs), jnp.zeros_like(log_probs), jnp.ones_like(log_probs), taught)
+
+        def gradients(weight):
+            def term(out, action, log_prob):
+                one = sample._replace(actions=action, log_probs=log_prob, advantages=0.0, returns=0.0, weights=1.0)
+                return m.ppd_terms(out, jnp.zeros(()), one, 0.2, "forward", weight)["distill_loss"]
+
+            found = jax.vmap(jax.grad(term), (None, 0, 0))(out, actions, log_probs)
+            return jnp.concatenate(jax.tree.leaves(found), axis=-1) if kind == "gaussian" else found
+
+        difference = gradients("ratio") - gradients("detached")
+        error = difference.std(0) / len(actions) ** 0.5
+        assert float(difference.std(0).min()) > 0.1  # it is noise, which grows with the KL divergence,
+        assert np.all(np.abs(difference.mean(0)) < 5 * error)  # around 0
 
 
 @pytest.mark.parametrize(("m", "case"), [(ppd_mujoco, "gaussian/forward/lambda2"), (ppd_atari, "discrete/forward/lambda2")])

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import importlib.util
 import json
 import re
 import shlex
@@ -67,18 +68,28 @@ def test_the_one_level_table_is_that_of_the_raw_curves(method, word):
     assert rows(word) == [next(row for row in rows(word) if row.endswith(f"| {cells[0]} | {cells[1]} |"))]
 
 
-def test_the_effect_of_the_changed_line_is_that_of_the_raw_results():
-    """Means over seeds in the prose, wherever they stand, and the line itself."""
+def test_the_effect_of_the_detached_weight_is_that_of_the_raw_results():
+    """Means over seeds in the prose, wherever they stand."""
     for env_id in ("HalfCheetah-v4", "Humanoid-v4"):
         found = json.loads((ROOT / f"benchmark/results/detached/{env_id}.json").read_text())["detached"]
         means = [f"{np.mean([run['ratio'] for run in found[name]]):.3f}" for name in ("ppd", "detached")]
         for path in (ROOT / "README.md", ROOT / "docs/results.md"):
             assert all(mean in PAGES[path] for mean in means), (path, means)
+
+
+def test_the_changed_line_does_what_the_readme_says(tmp_path):
+    """In a copy of the script: the ratio is clipped on both sides."""
     source = (ROOT / "ppd_mujoco.py").read_text()
-    diffs = [diff for text in PAGES.values() for diff in re.findall(r"```diff\n-(.*)\n\+(.*)\n```", text)]
-    assert len(diffs) >= 1
-    for old, new in diffs:
-        assert old in source.splitlines() and new.strip() in (ROOT / "benchmark/detached.py").read_text()
+    (old, new), = [diff for text in PAGES.values() for diff in re.findall(r"```diff\n-(.*)\n\+(.*)\n```", text)]
+    assert source.count(old + "\n") == 1
+    (tmp_path / "ppd_mine.py").write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("ppd_mine", tmp_path / "ppd_mine.py")
+    spec.loader.exec_module(m := importlib.util.module_from_spec(spec))
+    one = np.zeros(1, np.float32)
+    for log_ratio, weight in ((0.5, 1.2), (0.1, np.exp(0.1)), (-0.5, 0.8)):
+        log_prob = m.distribution((one, one)).log_prob(one)
+        terms = m.ppd_terms((one, one), np.float32(0), m.Batch(None, one, log_prob - log_ratio, 0.0, 0.0, 1.0, (one + 2, one)), 0.2, "forward", "ratio")
+        assert float(terms["distill_loss"]) == pytest.approx(2.0 * weight, rel=1e-5)
 
 
 def test_first_kl_divergences_are_those_of_the_curves():
