@@ -28,7 +28,6 @@ et al. 2017, with the hyperparameters of Spigler, "Proximal Policy Distillation"
 #   "tensorboardX==2.6.5",
 #   "tfp-nightly==0.26.0.dev20261027",
 #   "tqdm==4.67.1",
-#   "typeguard==4.6.1",
 #   "tyro==1.0.17",
 # ]
 # ///
@@ -41,12 +40,11 @@ import json
 import math
 import os
 import platform
-import re
-import secrets
 import shlex
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -69,7 +67,6 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import trange
-from typeguard import CollectionCheckStrategy, check_type
 
 # ======================================================================================================================
 # Arguments
@@ -184,11 +181,6 @@ class Args:
         return Network(kind, self.channels or channels, hidden if self.hidden is None else self.hidden)
 
     @property
-    def name(self) -> str:
-        """What the run is called."""
-        return f"{self.env_id}__{SCRIPT}__{self.seed}__{int(time.time())}"
-
-    @property
     def batch_size(self) -> int:
         """Samples of a rollout, N*T."""
         return self.num_envs * self.num_steps
@@ -207,13 +199,14 @@ PAPER = {
 }
 PAPER_TASKS = {"Hopper": {"num_steps": 256, "ent_coef": 0.01}, "Swimmer": {"num_steps": 256, "ent_coef": 0.01}}
 
-# Smallest and largest value of a flag
+# Smallest and largest value of a flag, or of each of its numbers
 RANGES = {
     "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
     "num_devices": (1, 10**4), "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "seed": (0, 10**9 - 1),
-    "eval_episodes": (1, 10**5), "learning_rate": (0, 1e3), "gamma": (0, 1), "gae_lambda": (0, 1), "clip_coef": (0, 1),
-    "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9), "frame_skip": (1, 100),
-    "repeat_action_probability": (0, 1), "start_level": (0, 10**9), "num_levels": (1, 10**9),
+    "eval_episodes": (1, 10**5), "learning_rate": (0, 1e3), "gamma": (0, 1.0), "gae_lambda": (0, 1.0),
+    "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
+    "frame_skip": (1, 100), "repeat_action_probability": (0, 1.0), "start_level": (0, 10**9), "num_levels": (1, 10**9),
+    "channels": (1, 65_536), "hidden": (1, 65_536),
 }
 MAX_LAYERS = 64
 RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
@@ -227,12 +220,23 @@ def fail(message: str) -> NoReturn:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; with --resume, flags that are not given are the run's own."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
+    read = partial(tyro.cli, Args, args=argv, description=__doc__)
+    args = read()
     if args.resume is None:
         return args
-    run = dataclasses.replace(load_checkpoint(args.resume)[0], resume=args.resume)
-    return tyro.cli(Args, args=argv, description=__doc__, default=run)
+    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
+        flags = load_checkpoint(args.resume)[0]["args"]
+        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
+        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
+        with warnings.catch_warnings(action="error"):  # tyro warns of a default that is of another type than its flag
+            args = read(default=run)
+        for name, value in vars(run).items():
+            if name not in RESUMABLE and getattr(args, name) != value:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+        if args.total_timesteps < run.total_timesteps:
+            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
+    return args
 
 
 def resolve(args: Args) -> Args:
@@ -242,11 +246,11 @@ def resolve(args: Args) -> Args:
     args = dataclasses.replace(args, **{name: value for name, value in paper.items() if getattr(args, name) is None})
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    layers = args.network.channels + args.network.hidden
-    if not 1 <= len(args.network.hidden) <= MAX_LAYERS or not all(1 <= width <= 65_536 for width in layers):
-        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, and all of 1 to 65536 units, not {layers}")
+        for x in value if isinstance(value, tuple) else [] if value is None else [value]:
+            if not isinstance(x, int | type(high)) or not low <= x <= high:
+                fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {x}")
+    if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
+        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
     if suite == "mujoco" and args.channels is not None:
         fail(f"--channels is for networks of images; {args.env_id} has states")
     if not args.contact_forces and not args.env_id.startswith("Humanoid"):
@@ -281,8 +285,8 @@ def resolve(args: Args) -> Args:
 EVAL_SEED = 10**9  # added to the seed of the environments in evaluation
 SUITES = {"envpool.atari": "atari", "envpool.mujoco.gym": "mujoco", "envpool.procgen": "procgen"}
 VARIANTS = {  # how a task is played: the flags of each suite that a model file keeps
-    "atari": {"frame_skip": int, "repeat_action_probability": float}, "mujoco": {"contact_forces": bool},
-    "procgen": {"start_level": int, "num_levels": int},
+    "atari": ("frame_skip", "repeat_action_probability"), "mujoco": ("contact_forces",),
+    "procgen": ("start_level", "num_levels"),
 }
 
 # Scores of a random and of a human player (Badia et al. 2020), for human-normalised scores
@@ -851,6 +855,7 @@ def update(
 
 SCRIPT = Path(__file__).stem
 FORMAT = "proximal-policy-distillation 3"
+BEGIN = {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0}  # what is known of the rows of progress.csv
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -927,7 +932,8 @@ class Run:
 
     def __init__(self, args: Args, saved: dict | None):
         """Begin, or go on from a checkpoint: what was logged after it is dropped, since it will be made again."""
-        self.folder = Path(args.resume or args.run_dir or f"runs/{args.name}")
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         try:
             self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
         except FileExistsError:  # another run began in this second
@@ -935,21 +941,19 @@ class Run:
             self.folder.mkdir()
         except OSError as error:
             fail(f"cannot create {self.folder}: {error.strerror}")
-        command = saved["command"] if saved else shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        typed = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
         self.about = {
-            "env_id": args.env_id, "script": SCRIPT, "command": command,
+            "env_id": args.env_id, "script": SCRIPT, "command": saved.get("command") if saved else typed,
             "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
             "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
                          "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}}
         write_json(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
-        begin = {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0, "wandb_id": secrets.token_hex(4)}
-        self.logged = saved["logged"] if saved else begin
+        self.logged = dict(saved["logged"] if saved else BEGIN)
         self.batch_size, self.began, self.compiled = args.batch_size, time.time() - self.logged["seconds"], None
-        self.file = open(self.folder / "progress.csv", "a+", newline="")
-        self.file.seek(0)
-        self.sent = max(map(int, re.findall(r"^(\d+),.*\n", self.file.read(), re.MULTILINE)), default=0)
-        self.file.truncate(min(self.file.tell(), self.logged["bytes"]))
+        self.file = open(self.folder / "progress.csv", "a", newline="")
+        self.file.seek(self.file.truncate(min(self.file.tell(), self.logged["bytes"])))
+        # Not by SummaryWriter, whose thread would wait for ever where the disk is full
         self.events = EventsWriter(str(self.folder / "events"), f".{os.getpid()}")
         self.events.write_event(Event(step=self.logged["step"] + 1, session_log=SessionLog(status=SessionLog.START)))
         self.tracker = None
@@ -959,8 +963,8 @@ class Run:
 
                 self.tracker = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
-                    config=vars(args), id=self.logged["wandb_id"], resume="allow")
-            self.tracker.define_metric("*", step_metric="global_step")
+                    config=vars(args), id=self.logged.get("wandb_id"), resume="allow")
+                self.logged["wandb_id"] = self.tracker.id
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Log the update that ended at this environment step; the speed leaves out the first, which compiles."""
@@ -970,7 +974,7 @@ class Run:
         sps = steps / elapsed if steps else self.logged["SPS"] or step / seconds
         row = {"global_step": step, "seconds": round(seconds, 3), "charts/SPS": sps} | metrics
         table = csv.DictWriter(self.file, list(row))
-        if self.file.seek(0, os.SEEK_END) == 0:
+        if self.file.tell() == 0:
             table.writeheader()
         table.writerow(row)
         self.file.flush()
@@ -978,8 +982,8 @@ class Run:
         for name, value in finite.items():
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
         self.events.flush()
-        if self.tracker is not None and step > self.sent:  # rows that were sent before a crash are not sent twice
-            self.tracker.log(finite)
+        if self.tracker is not None:
+            self.tracker.log(finite, step=step, commit=True)  # a step that W&B has had before a crash, it leaves out
         self.logged |= {"bytes": self.file.tell(), "step": step, "SPS": sps, "seconds": seconds}
 
     def save(self, updates: int, state: TrainState, finished: deque) -> None:
@@ -999,9 +1003,9 @@ class Run:
             self.tracker.finish()
 
 
-def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str]:
-    """Read a run's newest whole checkpoint: flags, all else, arrays, which it is; end the program if there is none."""
-    check, problems = partial(check_type, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS), ""
+def load_checkpoint(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read a run's newest whole checkpoint: what it says, and its arrays; end the program if there is none."""
+    problems = ""
     for path in sorted(Path(folder).glob("checkpoint_*.safetensors"), reverse=True):
         try:
             about, arrays = read_file(path)
@@ -1011,16 +1015,11 @@ def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str
         if about.get("script") != SCRIPT:
             fail(f"{folder} is a run of {about.get('script')}.py; go on with that script")
         with checked(f"{folder} was made by another version of {SCRIPT}.py"):
-            flags = {name: tuple(x) if isinstance(x, list) else x for name, x in about["args"].items()}
-            for field in dataclasses.fields(Args):
-                check(flags[field.name], field.type)
-            logged, finished = about["logged"], about["finished"]
-            counts = check([about["updates"], logged["bytes"], logged["step"]], list[int])
-            figures = check([logged["SPS"], logged["seconds"], *finished], list[float])
-            if not all(0 <= n < 10**15 for n in counts) or not np.isfinite(np.array(figures, float)).all():
-                raise ValueError(f"{counts} and {figures[:2]} are no counts and times of a run")
-            check([logged["wandb_id"], about["command"]], list[str])
-            return Args(**flags), about, arrays, f"{problems}going on from {path}"
+            known = about["logged"] | {"updates": about["updates"]}
+            for name, begin in (BEGIN | {"updates": 0}).items():
+                if not isinstance(known[name], int | type(begin)) or not 0 <= known[name] < 10**15:
+                    raise ValueError(f"its {name} is {known[name]}")
+        return about | {"note": f"{problems}going on from {path}"}, arrays
     fail(f"{problems}{folder} holds no checkpoint to go on from")
 
 
@@ -1095,17 +1094,6 @@ def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> Non
             raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
 
 
-def resume(args: Args) -> tuple[dict, dict[str, np.ndarray]]:
-    """Read the checkpoint that --resume names; end the program where a flag contradicts the run's."""
-    flags, saved, arrays, note = load_checkpoint(args.resume)
-    for name, value in vars(flags).items():
-        if name not in RESUMABLE and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
-    if args.total_timesteps < flags.total_timesteps:
-        fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {flags.total_timesteps}")
-    return saved | {"note": note}, arrays
-
-
 def finish(
     args: Args, run: Run, networks: Networks, state: TrainState, variant: dict, shape: tuple
 ) -> dict[str, float]:
@@ -1138,7 +1126,7 @@ def main(args: Args) -> dict[str, float]:
         jax.config.update("jax_num_cpu_devices", args.num_devices or count_cores())
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    saved, arrays = resume(args) if args.resume else (None, {})
+    saved, arrays = load_checkpoint(args.resume) if args.resume else (None, {})
     args = resolve(args)
     variant = {name: getattr(args, name) for name in VARIANTS[suite_of(args.env_id)]}
 
@@ -1153,13 +1141,12 @@ def main(args: Args) -> dict[str, float]:
     if saved:
         with checked(f"{args.resume} holds no state of this run"):
             state = fill(state, arrays, "state")
+            cursor.finished.extend(map(float, saved["finished"]))
         state = state._replace(discounted=jnp.zeros(args.num_envs))  # its episodes are gone with the simulator
-        cursor.finished.extend(saved["finished"])
+        print(saved["note"], file=sys.stderr)
     state = jax.device_put(state, replicated(args.num_devices))  # as `update` returns it, or that would compile twice
 
     run, signals = Run(args, saved), []
-    if saved:
-        print(saved["note"], file=sys.stderr)
     bar = trange(first + 1, args.num_updates + 1, initial=first, total=args.num_updates, desc=args.env_id,
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
