@@ -43,7 +43,6 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -51,7 +50,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import distrax
 import flax
@@ -222,8 +221,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
         flags = load_checkpoint(args.resume)[0]["args"]
         flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
         run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
-        with warnings.catch_warnings(action="error"):  # tyro warns of a default that is of another type than its flag
-            args = read(default=run)
+        for field in dataclasses.fields(Args):
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # or the words allowed
+            value = getattr(run, field.name)
+            if value not in kinds and type(value) not in kinds + [int] * (float in kinds):
+                raise ValueError(f"its {field.name} is {value}")
+        args = read(default=run)
         for name, value in vars(run).items():
             if name not in RESUMABLE and getattr(args, name) != value:
                 fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
@@ -787,12 +790,12 @@ FORMAT = "proximal-policy-distillation 3"
 BEGIN = {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0}  # what is known of the rows of progress.csv
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also when the process is killed or the power fails."""
+def write_atomic(path: Path, content: bytes | dict) -> None:
+    """Write a file, a dict as JSON, whole or not at all, also when the process is killed or the power fails."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(content if isinstance(content, bytes) else (json.dumps(content, indent=2) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -801,11 +804,6 @@ def write_atomic(path: Path, data: bytes) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name must reach the disk as well
     os.close(folder)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a small file for people and programs."""
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def save_file(path: Path, about: dict, tree: Any) -> None:
@@ -876,7 +874,7 @@ class Run:
             "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
             "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
                          "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}}
-        write_json(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
+        write_atomic(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
         self.logged = dict(saved["logged"] if saved else BEGIN)
         self.batch_size, self.began, self.compiled = args.batch_size, time.time() - self.logged["seconds"], None
@@ -1027,6 +1025,8 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
             about, arrays = read_file(path)
         if args.env_id not in (None, about["env_id"]):
             fail(f"{path} is a teacher of {about['env_id']}, not of {args.env_id}")
+        variant = {name: about["variant"][name] if getattr(args, name) is None else getattr(args, name)
+                   for name in VARIANT}
         kind, channels, hidden = (about["network"][name] for name in Network._fields)
         if kind not in ("nature", "impala") or len(channels) != 3:
             raise ValueError(f"its network is of the kind {kind}, with {len(channels)} convolutions or stages")
@@ -1035,8 +1035,6 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
             fail(f"{path} is for observations and actions of {found}; those of {about['env_id']} are {needed}")
         x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.uint8)
         params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, "policy")
-        variant = {name: about["variant"][name] if getattr(args, name) is None else getattr(args, name)
-                   for name in VARIANT}
     return Teacher(about | {"variant": variant}, arrays, policy, params)
 
 
@@ -1072,7 +1070,7 @@ def finish(args: Args, run: Run, players: dict, params: dict, teacher: Teacher) 
     network = args.network._asdict()
     model = teacher.about | run.about | {"role": "student", "network": network, "evaluation": results["student"]}
     save_file(run.folder / "student.safetensors", model, params)
-    write_json(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)
+    write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)
     for name, found in results.items():
         print(f"{name.replace('_', ' '):<18} {found['mean']:>10,.1f} ± {found['std']:,.1f} "
               f"({args.eval_episodes} episodes, {found['games']} of them different)")

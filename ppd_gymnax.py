@@ -49,14 +49,13 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import distrax
 import flax
@@ -264,8 +263,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
         flags = load_checkpoint(args.resume)[0]["args"]
         flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
         run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
-        with warnings.catch_warnings(action="error"):  # tyro warns of a default that is of another type than its flag
-            args = read(default=run)
+        for field in dataclasses.fields(Args):
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # or the words allowed
+            value = getattr(run, field.name)
+            if value not in kinds and type(value) not in kinds + [int] * (float in kinds):
+                raise ValueError(f"its {field.name} is {value}")
+        args = read(default=run)
         for name, value in vars(run).items():
             if name not in RESUMABLE and getattr(args, name) != value:
                 fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
@@ -860,12 +863,12 @@ COLUMNS = ["phase", "seed", "distill_coef", "global_step", "seconds", "charts/SP
                                   "distill_loss", "teacher_kl", "grad_norm", "param_norm")]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also when the process is killed or the power fails."""
+def write_atomic(path: Path, content: bytes | dict) -> None:
+    """Write a file, a dict as JSON, whole or not at all, also when the process is killed or the power fails."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(content if isinstance(content, bytes) else (json.dumps(content, indent=2) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -874,11 +877,6 @@ def write_atomic(path: Path, data: bytes) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name must reach the disk as well
     os.close(folder)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a small file for people and programs."""
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def save_file(path: Path, about: dict, tree: Any) -> None:
@@ -949,7 +947,7 @@ class Run:
             "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
             "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
                          "gymnax": importlib.metadata.version("gymnax"), "device": jax.devices()[0].device_kind}}
-        write_json(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
+        write_atomic(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
         self.logged = dict(saved["logged"] if saved else BEGIN)
         self.began, self.compiled = time.time() - self.logged["seconds"], {}
@@ -1349,7 +1347,7 @@ def finish(args: Args, networks: Networks, teacher: Frozen, students: Frozen | N
     made, phase = (networks.policy, "student") if students else (networks.teacher, "teacher")
     timing = {name: run.logged[name] for name in ("seconds", "teacher_SPS", "student_SPS") if run.logged[name]}
     about = run.about | {"network": made.network._asdict()}
-    write_json(run.folder / "results.json", about | timing | {"results": results})
+    write_atomic(run.folder / "results.json", about | timing | {"results": results})
     plot(run.folder, args, results)
 
     print(f"return: mean and 95% interval over {args.num_seeds} seeds, {args.eval_episodes} episodes each")

@@ -42,7 +42,6 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -50,7 +49,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import distrax
 import flax
@@ -219,8 +218,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
         flags = load_checkpoint(args.resume)[0]["args"]
         flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
         run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
-        with warnings.catch_warnings(action="error"):  # tyro warns of a default that is of another type than its flag
-            args = read(default=run)
+        for field in dataclasses.fields(Args):
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # or the words allowed
+            value = getattr(run, field.name)
+            if value not in kinds and type(value) not in kinds + [int] * (float in kinds):
+                raise ValueError(f"its {field.name} is {value}")
+        args = read(default=run)
         for name, value in vars(run).items():
             if name not in RESUMABLE and getattr(args, name) != value:
                 fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
@@ -761,12 +764,12 @@ FORMAT = "proximal-policy-distillation 3"
 BEGIN = {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0}  # what is known of the rows of progress.csv
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also when the process is killed or the power fails."""
+def write_atomic(path: Path, content: bytes | dict) -> None:
+    """Write a file, a dict as JSON, whole or not at all, also when the process is killed or the power fails."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(content if isinstance(content, bytes) else (json.dumps(content, indent=2) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -775,11 +778,6 @@ def write_atomic(path: Path, data: bytes) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name must reach the disk as well
     os.close(folder)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a small file for people and programs."""
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def save_file(path: Path, about: dict, tree: Any) -> None:
@@ -850,7 +848,7 @@ class Run:
             "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
             "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
                          "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}}
-        write_json(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
+        write_atomic(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
         self.logged = dict(saved["logged"] if saved else BEGIN)
         self.batch_size, self.began, self.compiled = args.batch_size, time.time() - self.logged["seconds"], None
@@ -1056,7 +1054,7 @@ def finish(args: Args, run: Run, players: dict, params: dict, teacher: Teacher) 
     stats = teacher.frozen.obs_stats
     arrays = params | ({} if stats is None else {"obs_stats": stats})
     save_file(run.folder / "student.safetensors", model, arrays)
-    write_json(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)
+    write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)
     for name, found in results.items():
         levels = f"; {found['train_levels']['mean']:,.1f} on training levels" if "train_levels" in found else ""
         print(f"{name.replace('_', ' '):<18} {found['mean']:>10,.1f} ± {found['std']:,.1f} "
