@@ -264,7 +264,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
         run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
         for field in dataclasses.fields(Args):
-            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # or the words allowed
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
             value = getattr(run, field.name)
             if value not in kinds and type(value) not in kinds + [int] * (float in kinds):
                 raise ValueError(f"its {field.name} is {value}")
@@ -970,6 +970,9 @@ class Run:
                     config=vars(args), id=self.logged.get("wandb_id"), resume="allow")
                 self.logged["wandb_id"] = self.tracker.id
                 self.tracker.define_metric("*", step_metric="global_step")
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
 
     def log(self, phase: str, step: int, runs: list[tuple[int, float]], metrics: dict[str, np.ndarray]) -> None:
         """Log the part of a phase that ended at this environment step, with a row for each run.
@@ -1012,6 +1015,19 @@ class Run:
         save_file(path, self.about | about, {"state": state} | known)
         for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
             old.unlink()
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Take SIGINT or SIGTERM: an update ends and is saved, all else stops at once; so does all at a second one."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.signal = number
+        if self.file.closed:  # nothing is learned any more
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """End the program for the signal that came."""
+        print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {self.folder}", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
 
     def close(self) -> None:
         """Close all files."""
@@ -1064,11 +1080,8 @@ def make_frozen(shapes: TrainState, arrays: dict[str, np.ndarray]) -> Frozen:
 
 def load_teacher(args: Args, path: str) -> tuple[Networks, Frozen]:
     """Read the networks and the parameters of a teacher's file; end the program if it does not fit the task."""
-    try:
-        about, arrays = read_file(path)
-    except ValueError as error:
-        fail(str(error))
     with checked(f"{path} is no teacher of {args.env_id}"):
+        about, arrays = read_file(path)
         if about["env_id"] != args.env_id:
             raise ValueError(f"its task is {about['env_id']}")
         networks = make_networks(args.env_id, read_network(about["network"]))
@@ -1101,24 +1114,6 @@ def save_models(
             "evaluation": {"mean": evaluation["means"][i], "std": float(np.std(returns)), "returns": returns}}
         path = run.folder / f"{name}_{args.seed + i}.safetensors"
         save_file(path, about, player.params | {"obs_stats": player.obs_stats})
-
-
-def on_signal(act: Callable[[int], None]) -> None:
-    """Call act(number) at the first SIGINT or SIGTERM; a second one ends the program at once."""
-
-    def handle(number, frame):
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        act(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-
-
-def stop(folder: Path, number: int) -> NoReturn:
-    """End the program for the signal of this number."""
-    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-    raise SystemExit(128 + number)
 
 
 def wait(arrays: Any) -> Any:
@@ -1271,14 +1266,12 @@ def restore(
 
 
 def fit(
-    args: Args, networks: Networks, teacher: Frozen | None, start: tuple[int, TrainState] | None, run: Run,
-    signals: list[int],
+    args: Args, networks: Networks, teacher: Frozen | None, start: tuple[int, TrainState] | None, run: Run
 ) -> TrainState:
     """Train the teachers or, given these, the students; returns their states [R], as NumPy arrays.
 
     The runs are all seeds under the first λ, then all under the next. teacher: before noise, [S]; start: the parts done
-    and the state after them, or None to begin; signals: those received so far. One ends the program after the part
-    under way.
+    and the state after them, or None to begin. A signal ends the program after the part under way.
     """
     phase, updates = "teacher" if teacher is None else "student", args.updates_per_part
     seeds = range(args.seed, args.seed + args.num_seeds)
@@ -1318,8 +1311,8 @@ def fit(
             # Save
             learned = pick(jax.device_get(state), slice(len(runs)))  # without what only fills the devices
             run.save(phase, part * updates, networks, learned, teacher)
-            if signals:
-                stop(run.folder, signals[0])
+            if run.signal is not None:
+                run.stop()
     return learned
 
 
@@ -1376,18 +1369,16 @@ def main(args: Args) -> dict[str, float]:
         teacher_networks, teacher = make_networks(args.env_id, teacher_args(args).network), None
     networks = make_networks(args.env_id, args.network, teacher_networks)
 
-    run, signals = Run(args, saved), []
+    run = Run(args, saved)
     with closing(run):
-        on_signal(signals.append)
         if teacher is None:
-            state = fit(teacher_args(args), teacher_networks, None, start, run, signals)
+            state = fit(teacher_args(args), teacher_networks, None, start, run)
             teacher, start = Frozen(state.params, state.obs_stats), None
         if args.method != "ppo":
-            state = fit(args, networks, teacher, start, run, signals)
+            state = fit(args, networks, teacher, start, run)
             students = Frozen(state.params, state.obs_stats)
-    on_signal(partial(stop, run.folder))
-    if signals:  # after the last part
-        stop(run.folder, signals[0])
+    if run.signal is not None:  # it came after the last part
+        run.stop()
     return finish(args, networks, teacher, students, run)
 
 

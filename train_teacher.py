@@ -229,7 +229,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
         run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
         for field in dataclasses.fields(Args):
-            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # or the words allowed
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
             value = getattr(run, field.name)
             if value not in kinds and type(value) not in kinds + [int] * (float in kinds):
                 raise ValueError(f"its {field.name} is {value}")
@@ -963,6 +963,9 @@ class Run:
                     project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
                     config=vars(args), id=self.logged.get("wandb_id"), resume="allow")
                 self.logged["wandb_id"] = self.tracker.id
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Log the update that ended at this environment step; the speed leaves out the first, which compiles."""
@@ -993,6 +996,19 @@ class Run:
         for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
             old.unlink()
 
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Take SIGINT or SIGTERM: an update ends and is saved, all else stops at once; so does all at a second one."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.signal = number
+        if self.file.closed:  # nothing is learned any more
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """End the program for the signal that came."""
+        print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {self.folder}", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
+
     def close(self) -> None:
         """Close all files."""
         self.file.close()
@@ -1019,24 +1035,6 @@ def load_checkpoint(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
                     raise ValueError(f"its {name} is {known[name]}")
         return about | {"note": f"{problems}going on from {path}"}, arrays
     fail(f"{problems}{folder} holds no checkpoint to go on from")
-
-
-def on_signal(act: Callable[[int], None]) -> None:
-    """Call act(number) at the first SIGINT or SIGTERM; a second one ends the program at once."""
-
-    def handle(number, frame):
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        act(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-
-
-def stop(folder: Path, number: int) -> NoReturn:
-    """End the program for the signal of this number."""
-    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-    raise SystemExit(128 + number)
 
 
 # ======================================================================================================================
@@ -1144,13 +1142,12 @@ def main(args: Args) -> dict[str, float]:
         print(saved["note"], file=sys.stderr)
     state = jax.device_put(state, replicated(args.num_devices))  # as `update` returns it, or that would compile twice
 
-    run, signals = Run(args, saved), []
+    run = Run(args, saved)
     bar = trange(first + 1, args.num_updates + 1, initial=first, total=args.num_updates, desc=args.env_id,
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
         if not saved:
             run.save(0, state, cursor.finished)
-        on_signal(signals.append)
         for iteration in bar:
             # Collect
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, action_dim), states)
@@ -1169,14 +1166,13 @@ def main(args: Args) -> dict[str, float]:
             bar.set_postfix_str(f"return {episodic_return:.0f}", refresh=False)
 
             # Save
-            interrupted = bool(signals)
+            interrupted = run.signal is not None
             if interrupted or iteration % args.checkpoint_every == 0 or iteration == args.num_updates:
                 run.save(iteration, state, cursor.finished)
             if interrupted:
-                stop(run.folder, signals[0])
-    on_signal(partial(stop, run.folder))
-    if signals:  # one that came while the last checkpoint was saved
-        stop(run.folder, signals[0])
+                run.stop()
+    if run.signal is not None:  # it came while the last checkpoint was saved
+        run.stop()
     envs.close()
     return finish(args, run, networks, state, variant, shape)
 

@@ -1,7 +1,7 @@
 """What goes wrong on the way: signals at any time, damaged checkpoints, a full disk, no power, numbers that are not finite.
 
 What test_shared_blocks.py holds to be one text is tried with one script: `write_atomic`, `save_file`, `read_file`,
-`load_checkpoint`, `Run` and `on_signal` with ppd_mujoco.py. ppd_gymnax.py has its own `Run` and loop, train_teacher.py no
+`load_checkpoint` and `Run` with ppd_mujoco.py. ppd_gymnax.py has its own `Run` and loop, train_teacher.py no
 teacher, student_distill.py rows and checkpoints at different updates: each is tried where that matters.
 """
 

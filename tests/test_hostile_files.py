@@ -247,11 +247,11 @@ def reader_of_checkpoints(m, env_id, teacher, folder):
         made["cursor"] = m.Cursor(np.zeros((4, 11), np.float32), np.zeros(4, bool), np.zeros(4), deque(maxlen=100))
         return made["cursor"]
 
-    def fit(args, networks, teacher, start, run, signals):
+    def fit(args, networks, teacher, start, run):
         run.log("teacher" if teacher is None else "student", (start[0] + 1) * 64, [(args.seed, 1.0)], {"losses/loss": np.ones(1)})
         raise Reached
 
-    stubs = {"fit": fit, "on_signal": print} if m is ppd_gymnax else {"make_envs": Envs, "start": start, "trange": Loop, "Run": Run}
+    stubs = {"fit": fit} if m is ppd_gymnax else {"make_envs": Envs, "start": start, "trange": Loop, "Run": Run}
 
     def read(path):
         with pytest.MonkeyPatch.context() as patch:
