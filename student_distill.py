@@ -1049,9 +1049,7 @@ def finish(args: Args, run: Run, players: dict, params: dict, teacher: Teacher) 
     numbers |= {"ratio": math.nan if ratio is None else ratio} | {name: run.logged[name] for name in ("SPS", "seconds")}
     network = args.network._asdict()
     model = teacher.about | run.about | {"role": "student", "network": network, "evaluation": results["student"]}
-    stats = teacher.frozen.obs_stats
-    arrays = params | ({} if stats is None else {"obs_stats": stats})
-    save_file(run.folder / "student.safetensors", model, arrays)
+    save_file(run.folder / "student.safetensors", model, params | {"obs_stats": teacher.frozen.obs_stats})
     write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)
     for name, found in results.items():
         levels = f"; {found['train_levels']['mean']:,.1f} on training levels" if "train_levels" in found else ""

@@ -1103,8 +1103,7 @@ def finish(
     network = args.network._asdict()
     model = {"role": "teacher", "network": network, "action_dim": networks.policy.action_dim,
              "observation_shape": shape, "variant": variant, "evaluation": result}
-    arrays = state.params | ({} if state.obs_stats is None else {"obs_stats": state.obs_stats})
-    save_file(run.folder / "teacher.safetensors", run.about | model, arrays)
+    save_file(run.folder / "teacher.safetensors", run.about | model, state.params | {"obs_stats": state.obs_stats})
     write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"teacher": result})
     levels = f"; {result['train_levels']['mean']:,.1f} on training levels" if "train_levels" in result else ""
     print(f"{'teacher':<18} {result['mean']:>10,.1f} ± {result['std']:,.1f} "
