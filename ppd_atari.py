@@ -38,7 +38,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -47,7 +46,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
@@ -86,7 +84,7 @@ NETWORKS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Args:
     """All flags."""
 
@@ -239,9 +237,9 @@ def resolve(args: Args) -> Args:
     """Fill in what follows from other flags; end the program for flags that cannot work, before anything is written."""
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        for x in value if isinstance(value, tuple) else [] if value is None else [value]:
-            if not isinstance(x, int | type(high)) or not low <= x <= high:
-                fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {x}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
     if args.num_minibatches is None:
@@ -872,7 +870,7 @@ class Run:
         self.about = {
             "env_id": args.env_id, "script": SCRIPT, "command": saved.get("command") if saved else typed,
             "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
-            "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+            "versions": {"python": sys.version.split()[0], "jax": jax.__version__, "flax": flax.__version__,
                          "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}}
         write_atomic(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 

@@ -44,7 +44,6 @@ import importlib.util
 import io
 import json
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -52,7 +51,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
@@ -97,7 +95,7 @@ NETWORKS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Args:
     """All flags."""
 
@@ -289,9 +287,9 @@ def resolve(args: Args) -> Args:
         args = dataclasses.replace(args, total_timesteps=max(1, args.teacher_timesteps // 5))
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        for x in value if isinstance(value, tuple) else [] if value is None else [value]:
-            if not isinstance(x, int | type(high)) or not low <= x <= high:
-                fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {x}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     if not args.distill_coef:
         fail("--distill-coef takes one number or more")
     if args.method == "ppo" and args.teacher:
@@ -945,7 +943,7 @@ class Run:
         self.about = {
             "env_id": args.env_id, "script": SCRIPT, "command": saved.get("command") if saved else typed,
             "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
-            "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+            "versions": {"python": sys.version.split()[0], "jax": jax.__version__, "flax": flax.__version__,
                          "gymnax": importlib.metadata.version("gymnax"), "device": jax.devices()[0].device_kind}}
         write_atomic(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 

@@ -39,7 +39,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -48,7 +47,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
@@ -72,7 +70,7 @@ from tqdm import trange
 # ======================================================================================================================
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Args:
     """All flags."""
 
@@ -215,9 +213,9 @@ def resolve(args: Args) -> Args:
         args = dataclasses.replace(args, gamma=0.995 if args.env_id.startswith(("Hopper", "Swimmer")) else 0.999)
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        for x in value if isinstance(value, tuple) else [] if value is None else [value]:
-            if not isinstance(x, int | type(high)) or not low <= x <= high:
-                fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {x}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     if not 1 <= len(args.hidden) <= MAX_LAYERS:
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.hidden)}")
     if args.num_minibatches is None:
@@ -756,7 +754,7 @@ class Run:
         self.about = {
             "env_id": args.env_id, "script": SCRIPT, "command": saved.get("command") if saved else typed,
             "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
-            "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+            "versions": {"python": sys.version.split()[0], "jax": jax.__version__, "flax": flax.__version__,
                          "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}}
         write_atomic(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
