@@ -387,34 +387,38 @@ def test_tracking_gets_what_progress_csv_gets(tmp_path, tiny_teacher, tracker):
     assert tracker.rows == written and len(written) == 3
 
 
+class Killed(BaseException):
+    """In place of SIGKILL."""
+
+
 @pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax])
 def test_tracking_gets_no_row_twice(m, tmp_path, tiny_teacher, tracker, monkeypatch):
-    """Of a run that is killed between two checkpoints, and again before it comes to the next one; each life goes on from the first."""
-    folder, killed = tmp_path / "run", tmp_path / "killed"
-    flags = {"track": True} | ({"num_parts": 4} if m is ppd_gymnax else {"teacher": str(tiny_teacher), "total_timesteps": 6 * 64, "checkpoint_every": 4})
+    """Of a run that is killed three rows after its checkpoint, goes on from there, and is killed again before it has another one."""
+    flags = {"track": True} | ({"num_parts": 4} if m is ppd_gymnax else {
+        "teacher": str(tiny_teacher), "total_timesteps": 9 * 64, "checkpoint_every": 4})
     make = small_gymnax if m is ppd_gymnax else partial(small, m, "Hopper-v4")
-    m.main(make(folder, **flags))
-    whole, log, logs = tracker.rows_by_step, m.Run.log, []
+    m.main(make(tmp_path / "whole", **flags))
+    whole, log, save, logged = tracker.rows_by_step, m.Run.log, m.Run.save, []
 
-    def killing(run, *args):
-        log(run, *args)
-        logs.append(None)
-        if len(logs) in (7, 10):  # 3 and 2 rows after the checkpoint
+    def killing(*args):
+        log(*args)
+        logged.append(None)
+        if len(logged) in (7, 10):
             raise Killed
 
-    class Killed(BaseException):
-        """In place of SIGKILL: nothing more is saved."""
-
-    first = checkpoints(folder)[0]
+    folder = tmp_path / "killed"
     monkeypatch.setattr(m.Run, "log", killing)
-    monkeypatch.setattr(m.Run, "save", lambda *args, save=m.Run.save: save(*args) if len(logs) in (0, 4) else None)
-    for begun in (False, True, True):
-        with contextlib.suppress(Killed):
-            go_on(m, killed) if begun else m.main(make(killed, **flags))
-    assert first and len(tracker.about) == 4 and len({about["id"] for about in tracker.about[2:]}) == 1 and tracker.id != tracker.about[2]
-    assert list(tracker.rows_by_step) == list(whole) and len(tracker.ignored) > 0
-    assert len(rows(killed)) == len(rows(folder))
+    monkeypatch.setattr(m.Run, "save", lambda *args: save(*args) if len(logged) in (0, 4) else None)
+    with pytest.raises(Killed):
+        m.main(make(folder, **flags))
+    with pytest.raises(Killed):
+        go_on(m, folder)
+    go_on(m, folder)
+    ids = [about["id"] for about in tracker.about]
+    assert ids == [None, None, tracker.id, tracker.id] and len(tracker.runs) == 2
+    assert tracker.ignored == list(whole)[4:7] * 2 and list(tracker.rows_by_step) == list(whole)
     assert [row["global_step"] for row in tracker.rows] == [row["global_step"] for row in whole.values()]
+    assert len(rows(folder)) == len(rows(tmp_path / "whole")) == len(whole)
 
 
 # Imperfect teachers ----------------------------------------------------------------------------------------------------
