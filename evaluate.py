@@ -26,7 +26,6 @@ Distillation", TMLR 2025 (arXiv 2407.15134), section 4. Models of ppd_gymnax.py 
 #   "numpy==2.4.6",
 #   "safetensors==0.8.0",
 #   "tfp-nightly==0.26.0.dev20261027",
-#   "typeguard==4.6.1",
 #   "tyro==1.0.17",
 # ]
 # ///
@@ -55,7 +54,6 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 import tyro
-from typeguard import check_type
 
 # ======================================================================================================================
 # Arguments
@@ -92,8 +90,8 @@ class Args:
 
 # Smallest and largest value of a flag, and of what a model file says of its task
 RANGES = {
-    "episodes": (1, 10**5), "seed": (0, 10**9 - 1), "video_seconds": (0.01, 3600), "frame_skip": (1, 100),
-    "repeat_action_probability": (0, 1), "start_level": (0, 10**9), "num_levels": (1, 10**9),
+    "episodes": (1, 10**5), "seed": (0, 10**9 - 1), "video_seconds": (0.01, 3600.0), "frame_skip": (1, 100),
+    "repeat_action_probability": (0, 1.0), "start_level": (0, 10**9), "num_levels": (1, 10**9),
 }
 MAX_LAYERS = 64
 
@@ -106,9 +104,9 @@ def fail(message: str) -> NoReturn:
 
 def check(args: Args) -> None:
     """End the program for flags that cannot work, before anything is written."""
-    for name in ("episodes", "seed", "video_seconds", "repeat_action_probability"):
-        (low, high), value = RANGES[name], getattr(args, name)
-        if value is not None and not low <= value <= high:
+    for name, value in vars(args).items():
+        if name in RANGES and value is not None and not in_range(name, value):
+            low, high = RANGES[name]
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
     for path in filter(None, (args.json, args.video)):
         if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
@@ -119,6 +117,12 @@ def check(args: Args) -> None:
         fail(f"an .mp4 needs ffmpeg: pip install imageio-ffmpeg, or write a .gif instead of {args.video}")
 
 
+def in_range(name: str, value: Any) -> bool:
+    """Tell whether a flag, or what a model file says of its task, is a number that can be."""
+    low, high = RANGES.get(name, (False, True))
+    return isinstance(value, int | type(high)) and low <= value <= high
+
+
 # ======================================================================================================================
 # Environments
 # ======================================================================================================================
@@ -126,9 +130,15 @@ def check(args: Args) -> None:
 EVAL_SEED = 10**9  # added to the seed of the environments in evaluation
 SUITES = {"envpool.atari": "atari", "envpool.mujoco.gym": "mujoco", "envpool.procgen": "procgen"}
 VARIANTS = {  # how a task is played: the flags of each suite that a model file keeps
-    "atari": {"frame_skip": int, "repeat_action_probability": float}, "mujoco": {"contact_forces": bool},
-    "procgen": {"start_level": int, "num_levels": int},
+    "atari": ("frame_skip", "repeat_action_probability"), "mujoco": ("contact_forces",),
+    "procgen": ("start_level", "num_levels"),
 }
+KINDS = {"mujoco": ("mlp",), "states": ("mlp",), "minatar": ("mlp", "minatar"), "atari": ("nature", "impala"),
+         "procgen": ("nature", "impala")}  # of the networks of each suite; states and minatar are gymnax's
+EPISODES = {"mujoco": 50, "atari": 50, "procgen": 200, "states": 100, "minatar": 100}
+SECONDS_PER_STEP = {  # of simulated time, for films; of MuJoCo's tasks 0.05 where nothing is said
+    "Hopper": 0.008, "Humanoid": 0.015, "HumanoidStandup": 0.015, "InvertedPendulum": 0.04, "Reacher": 0.02,
+    "Swimmer": 0.04, "Walker2d": 0.008, "mujoco": 0.05, "procgen": 1 / 15, "states": 0.05, "minatar": 0.1}
 
 # Scores of a random and of a human player (Badia et al. 2020), for human-normalised scores
 HUMAN = {
@@ -141,9 +151,6 @@ HUMAN = {
 def count_cores() -> int:
     """Return how many cores of the CPU this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-SECONDS_PER_STEP = {"Ant": 0.05, "HalfCheetah": 0.05, "Hopper": 0.008, "Humanoid": 0.015, "HumanoidStandup": 0.015,
-                    "InvertedDoublePendulum": 0.05, "InvertedPendulum": 0.04, "Pusher": 0.05, "Reacher": 0.02,
-                    "Swimmer": 0.04, "Walker2d": 0.008}
 
 
 def import_envpool() -> Any:
@@ -215,6 +222,8 @@ class GymnaxEnvs:
         self.action_space = self.env.action_space(self.params)
         self.step_all = jax.jit(jax.vmap(self.env.step, (0, 0, 0, None)))
         self.states: Any = None
+        self.drawing: Any = None
+        self.total = 0.0  # of the first environment's rewards
 
     def split(self) -> jax.Array:
         """Return a new key for each environment."""
@@ -230,7 +239,26 @@ class GymnaxEnvs:
         """Step all environments with actions [N] or [N, A]; one that ends begins anew at once."""
         actions = jnp.asarray(actions).reshape(self.num_envs, *self.action_space.shape)
         observations, self.states, *rest, _ = self.step_all(self.split(), self.states, actions, self.params)
+        self.total += float(rest[0][0])
         return np.asarray(observations).reshape(self.num_envs, -1), *map(np.asarray, rest), {}
+
+    def render(self, env_ids: list[int]) -> list[np.ndarray]:
+        """Draw the first environment as gymnax does: one image [H, W, 3]."""
+        if self.drawing is None:
+            import matplotlib
+
+            matplotlib.use("Agg")
+            from gymnax.visualize import Visualizer
+
+            self.drawing = Visualizer(self.env, self.params, [], [])
+        drawing = self.drawing
+        drawing.state_seq.append(jax.tree.map(lambda x: x[0], self.states))
+        drawing.reward_seq.append(self.total)
+        if len(drawing.state_seq) == 1:
+            drawing.init()
+        drawing.update(len(drawing.state_seq) - 1)
+        drawing.fig.canvas.draw()
+        return [np.asarray(drawing.fig.canvas.buffer_rgba())[..., :3]]
 
     def close(self) -> None:
         """Do nothing: there is nothing to close."""
@@ -434,12 +462,12 @@ def act_sampled(policy: Policy, params: dict, key: jax.Array, observations: jax.
 FORMAT = "proximal-policy-distillation 3"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also when the process is killed or the power fails."""
+def write_atomic(path: Path, content: bytes | dict) -> None:
+    """Write a file, a dict as JSON, whole or not at all, also when the process is killed or the power fails."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(content if isinstance(content, bytes) else (json.dumps(content, indent=2) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -448,11 +476,6 @@ def write_atomic(path: Path, data: bytes) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name must reach the disk as well
     os.close(folder)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a small file for people and programs."""
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_file(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -496,32 +519,28 @@ def checked(what: str) -> Iterator[None]:
 
 def load_policy(path: str) -> tuple[dict, Policy, Frozen]:
     """Read a model file: what it says, its policy, parameters and statistics; end the program if it is not one."""
-    try:
-        about, arrays = read_file(path)
-    except ValueError as error:
-        fail(str(error))
     with checked(f"{path} is no model of this project"):
-        env_id, gymnax = check_type(about["env_id"], str), about.get("library") == "gymnax"
+        about, arrays = read_file(path)
+        env_id, gymnax = about["env_id"], about.get("library") == "gymnax"
         suite = gymnax_suite(env_id) if gymnax else suite_of(env_id)
-        for name, kind in VARIANTS.get(suite, {}).items():
-            low, high = RANGES.get(name, (False, True))
-            if not low <= check_type(about["variant"][name], kind) <= high:
+        for name in VARIANTS.get(suite, ()):
+            if not in_range(name, about["variant"][name]):
                 raise ValueError(f"its {name} is {about['variant'][name]}, which cannot be")
         kind, channels, hidden = (about["network"][name] for name in Network._fields)
-        kinds = {"mujoco": ["mlp"], "states": ["mlp"], "minatar": ["mlp", "minatar"]}.get(suite, ["nature", "impala"])
-        if kind not in kinds or len(channels) > 3:
+        if kind not in KINDS[suite] or len(channels) > 3:
             raise ValueError(f"its network, {kind} with {len(channels)} convolutions, is none of {env_id}")
         (shape, actions), gaussian = gymnax_shape(env_id) if gymnax else (task_shape(env_id), suite == "mujoco")
-        policy = Policy(Network(kind, tuple(channels), tuple(hidden[:MAX_LAYERS])), about["action_dim"], gaussian)
+        network = Network(kind, tuple(channels), tuple(hidden[:MAX_LAYERS]))
+        policy = Policy(network, about["action_dim"], gaussian)
         if (found := (about["observation_shape"], policy.action_dim)) != (shape, actions):
             raise ValueError(f"it is for observations and actions of {found}; those of {env_id} are {(shape, actions)}")
         x = jax.ShapeDtypeStruct(tuple(shape), jnp.uint8 if suite in ("atari", "procgen") else jnp.float32)
         params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, "policy")
-        states = suite in ("mujoco", "states")
-        stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, "obs_stats") if states else None
-        check_type([about["role"], about["command"]], list[str])
-        describe(about["evaluation"])
-    return about | {"suite": suite}, policy, Frozen(params, stats)
+        stats = Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)) if suite in ("mujoco", "states") else None
+        frozen = Frozen(params, fill(stats, arrays, "obs_stats"))
+        layers = "-".join(map(str, network.channels + network.hidden))
+        title = f"{env_id} {about['role']}, {kind} {layers}: {about['command']}"
+        return about | {"suite": suite, "title": title, "measured": describe(about["evaluation"])}, policy, frozen
 
 
 def gymnax_suite(env_id: str) -> str:
@@ -573,20 +592,23 @@ def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
             "returns": returns.tolist()}
 
 
+def open_envs(about: dict, num_envs: int, seed: int, split: Split, **options: Any) -> Any:
+    """Make the environments of a model file's task, of seeds that training does not have."""
+    if about.get("library") == "gymnax":
+        return GymnaxEnvs(about["env_id"], num_envs, EVAL_SEED + seed)
+    return make_envs(about["env_id"], num_envs, EVAL_SEED + seed, about["variant"], split, **options)
+
+
 def assess(about: dict, policy: Policy, frozen: Frozen, episodes: int, seed: int) -> dict[str, Any]:
     """Evaluate a policy as in the paper, in environments of their own seeds.
 
     On Procgen on unseen levels, and apart from them on those of training; on Atari with the human-normalised score.
     """
-    suite, env_id, found = about["suite"], about["env_id"], {}
-    for split in ("evaluation", "train_levels") if suite == "procgen" else ("evaluation",):
-        if suite in ("minatar", "states"):
-            envs = GymnaxEnvs(env_id, episodes, EVAL_SEED + seed)
-        else:
-            envs = make_envs(env_id, episodes, EVAL_SEED + seed, about["variant"], split)
-        found[split] = evaluate(envs, make_policy_step(about, policy, frozen, seed))
-    result = found.pop("evaluation") | found
-    random, human = HUMAN.get(env_id.split("-")[0], (None, None)) if suite == "atari" else (None, None)
+    suite, policy_step = about["suite"], make_policy_step(about, policy, frozen, seed)
+    result = evaluate(open_envs(about, episodes, seed, "evaluation"), policy_step)
+    if suite == "procgen":
+        result["train_levels"] = evaluate(open_envs(about, episodes, seed, "train_levels"), policy_step)
+    random, human = HUMAN.get(about["env_id"].split("-")[0], (None, None)) if suite == "atari" else (None, None)
     return result if human is None else result | {"human_normalised": (result["mean"] - random) / (human - random)}
 
 
@@ -613,19 +635,20 @@ def load_opengl() -> OSError | None:
     return None
 
 
-def film(
-    about: dict, policy: Policy, frozen: Frozen, seed: int, seconds: float
-) -> tuple[list[np.ndarray], float]:
+def film(about: dict, policy: Policy, frozen: Frozen, seed: int, seconds: float) -> tuple[list[np.ndarray], float]:
     """Return frames [H, W, 3] of the first episode, in real time at about 25 a second, and their exact number."""
     env_id, suite = about["env_id"], about["suite"]
-    envs = make_envs(env_id, 1, EVAL_SEED + seed, about["variant"], "evaluation", render_mode="rgb_array")
+    envs = open_envs(about, 1, seed, "evaluation", render_mode="rgb_array")
     policy_step, observations, frames = make_policy_step(about, policy, frozen, seed), reset(envs), []
-    durations = {"atari": about["variant"].get("frame_skip", 1) / 60, "procgen": 1 / 15}
-    duration = durations.get(suite) or SECONDS_PER_STEP.get(env_id.split("-")[0], 0.05)
+    duration = about["variant"]["frame_skip"] / 60 if suite == "atari" else SECONDS_PER_STEP.get(
+        env_id.split("-")[0], SECONDS_PER_STEP.get(suite))
     every = max(1, round(0.04 / duration))
     for t in range(max(1, round(seconds / duration))):
         if t % every == 0:
-            frames.append(np.array(envs.render(env_ids=[0])[0]))
+            try:
+                frames.append(np.array(envs.render(env_ids=[0])[0]))
+            except Exception as error:  # of many kinds: a task without a drawing, a package that is not there
+                fail(f"{env_id} cannot be drawn here ({error}); gymnax's classic control needs pygame")
         observations, _, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
         if ends[0]:
             break
@@ -633,50 +656,12 @@ def film(
     return frames, 1.0 / (duration * every)
 
 
-def film_gymnax(
-    about: dict, policy: Policy, frozen: Frozen, seed: int, seconds: float
-) -> tuple[list[np.ndarray], float]:
-    """Return frames [H, W, 3] of the first episode as gymnax draws it, one for each step, and their number a second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from gymnax.visualize import Visualizer
-
-    envs = GymnaxEnvs(about["env_id"], 1, EVAL_SEED + seed)
-    policy_step, observations = make_policy_step(about, policy, frozen, seed), reset(envs)
-    states, returns, total = [], [], 0.0
-    rate = 10.0 if about["suite"] == "minatar" else 20.0
-    for t in range(max(1, round(seconds * rate))):
-        states.append(jax.tree.map(lambda x: x[0], envs.states))
-        returns.append(total)
-        observations, rewards, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
-        total += float(rewards[0])
-        if ends[0]:
-            break
-    drawing, frames = Visualizer(envs.env, envs.params, states, returns), []
-    try:
-        drawing.init()
-    except Exception as error:  # of many kinds: a task without a drawing, a package that is not there
-        fail(f"gymnax cannot draw {about['env_id']} here ({error}); classic control needs pygame: pip install pygame")
-    for t in range(len(states)):
-        drawing.update(t)
-        drawing.fig.canvas.draw()
-        frames.append(np.asarray(drawing.fig.canvas.buffer_rgba())[..., :3].copy())
-    return frames, rate
-
-
-def write_video(path: str, frames: list[np.ndarray], rate: float) -> None:
+def write_video(path: Path, frames: list[np.ndarray], rate: float) -> None:
     """Write a .gif that repeats for ever, or an .mp4; whole, or not at all."""
-    temporary = Path(path).with_name(f".new-{Path(path).name}")
-    try:
-        if path.endswith(".gif"):
-            imageio.imwrite(temporary, frames, duration=1000.0 / rate, loop=0)
-        else:
-            with warnings.catch_warnings(action="ignore"):  # JAX warns of any fork, and this one starts ffmpeg
-                imageio.imwrite(temporary, frames, fps=rate, plugin="FFMPEG", macro_block_size=8)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    options = {"duration": 1000.0 / rate, "loop": 0} if path.suffix == ".gif" else {
+        "fps": rate, "plugin": "FFMPEG", "macro_block_size": 8}
+    with warnings.catch_warnings(action="ignore"):  # JAX warns of any fork, and an .mp4's starts ffmpeg
+        write_atomic(path, imageio.imwrite("<bytes>", frames, extension=path.suffix, **options))
 
 
 # ======================================================================================================================
@@ -695,21 +680,19 @@ def main(args: Args) -> dict[str, float]:
         if about["suite"] != "atari":
             fail(f"--repeat-action-probability is for Atari, not for {about['env_id']}")
         about["variant"] |= {"repeat_action_probability": args.repeat_action_probability}
-    episodes = args.episodes or {"procgen": 200, "minatar": 100, "states": 100}.get(about["suite"], 50)
-    evaluation = assess(about, policy, frozen, episodes, args.seed)
-    numbers = {"mean": evaluation["mean"], "std": evaluation["std"], "min": min(evaluation["returns"]),
-               "median": float(np.median(evaluation["returns"])), "max": max(evaluation["returns"])}
-    layers = "-".join(map(str, (*policy.network.channels, *policy.network.hidden)))
-    print(f"{about['env_id']} {about['role']}, {policy.network.kind} {layers}: {about['command']}")
+    evaluation = assess(about, policy, frozen, args.episodes or EPISODES[about["suite"]], args.seed)
+    returns = evaluation["returns"]
+    numbers = {"mean": evaluation["mean"], "std": evaluation["std"], "min": min(returns),
+               "median": float(np.median(returns)), "max": max(returns)}
+    print(about["title"])
     print(f"{describe(evaluation)}, min {numbers['min']:.1f}, median {numbers['median']:.1f}, max {numbers['max']:.1f}")
-    print(f"its own run measured {describe(about['evaluation'])}")
+    print(f"its own run measured {about['measured']}")
     if args.json:
         said = {name: about[name] for name in ("env_id", "command", "variant")}
-        write_json(Path(args.json), said | {"seed": args.seed} | numbers | evaluation)
+        write_atomic(Path(args.json), said | {"seed": args.seed} | numbers | evaluation)
     if args.video:
-        make_film = film_gymnax if about["suite"] in ("minatar", "states") else film
-        frames, rate = make_film(about, policy, frozen, args.seed, args.video_seconds)
-        write_video(args.video, frames, rate)
+        frames, rate = film(about, policy, frozen, args.seed, args.video_seconds)
+        write_video(Path(args.video), frames, rate)
         print(f"{args.video}: {len(frames)} frames, {rate:.0f} a second")
     return numbers
 

@@ -32,7 +32,6 @@ it runs alone or among others. Source: Spigler, "Proximal Policy Distillation", 
 #   "tensorboardX==2.6.5",
 #   "tfp-nightly==0.26.0.dev20261027",
 #   "tqdm==4.67.1",
-#   "typeguard==4.6.1",
 #   "tyro==1.0.17",
 # ]
 # ///
@@ -45,8 +44,6 @@ import importlib.util
 import io
 import json
 import os
-import platform
-import secrets
 import shlex
 import signal
 import sys
@@ -54,10 +51,9 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import distrax
 import flax
@@ -74,7 +70,6 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
-from typeguard import CollectionCheckStrategy, check_type
 
 # ======================================================================================================================
 # Arguments
@@ -100,7 +95,7 @@ NETWORKS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Args:
     """All flags."""
 
@@ -208,11 +203,6 @@ class Args:
         return network if self.student_hidden is None else network._replace(hidden=self.student_hidden)
 
     @property
-    def name(self) -> str:
-        """What the run is called."""
-        return f"{self.env_id}__{SCRIPT}__{self.student_size}__{self.seed}__{int(time.time())}"
-
-    @property
     def batch_size(self) -> int:
         """Samples of a rollout, N*T."""
         return self.num_envs * self.num_steps
@@ -242,14 +232,15 @@ STATES = {"learning_rate": 1e-3, "num_envs": 16, "num_steps": 64, "teacher_num_s
 BASELINES = {"num_envs": 16, "num_steps": 5}  # a gradient step for 80 samples; PPD takes one for 64, the paper for 90
 SPARSE = dict.fromkeys(("Acrobot-v1", "MountainCar-v0"), {"teacher_ent_coef": 0.05})
 
-# Smallest and largest value of a flag
+# Smallest and largest value of a flag, or of each of its numbers
 RANGES = {
     "total_timesteps": (1, 10**12), "teacher_timesteps": (1, 10**12), "num_envs": (1, 10**6), "num_steps": (1, 10**6),
-    "teacher_num_steps": (1, 10**6), "teacher_num_envs": (1, 10**6),
-    "num_minibatches": (1, 10**9), "update_epochs": (1, 10**6), "num_parts": (1, 10**6), "eval_episodes": (1, 10**6),
-    "seed": (0, 10**9 - 1), "num_seeds": (1, 10**5), "teacher_noise_seed": (0, 10**9 - 1), "learning_rate": (0, 1e3),
-    "gamma": (0, 1), "gae_lambda": (0, 1), "clip_coef": (0, 1), "ent_coef": (0, 1e6), "teacher_ent_coef": (0, 1e6),
-    "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9), "distill_coef_final": (0, 1e6), "teacher_noise_std": (0, 1e6),
+    "teacher_num_steps": (1, 10**6), "teacher_num_envs": (1, 10**6), "num_minibatches": (1, 10**9),
+    "update_epochs": (1, 10**6), "num_parts": (1, 10**6), "eval_episodes": (1, 10**6), "seed": (0, 10**9 - 1),
+    "num_seeds": (1, 10**5), "teacher_noise_seed": (0, 10**9 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1.0),
+    "gae_lambda": (0, 1.0), "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "teacher_ent_coef": (0, 1e6),
+    "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
+    "teacher_noise_std": (0, 1e6), "student_hidden": (1, 65_536),
 }
 MAX_LAYERS = 64
 RESUMABLE = ("resume", "device", "eval_episodes", "track", "wandb_project_name",
@@ -263,12 +254,27 @@ def fail(message: str) -> NoReturn:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; with --resume, flags that are not given are the run's own."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
+    read = partial(tyro.cli, Args, args=argv, description=__doc__)
+    args = read()
     if args.resume is None:
         return args
-    run = dataclasses.replace(load_checkpoint(args.resume)[0], resume=args.resume)
-    return tyro.cli(Args, args=argv, description=__doc__, default=run)
+    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
+        flags = load_checkpoint(args.resume)[0]["args"]
+        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
+        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
+        for field in dataclasses.fields(Args):
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
+            value = getattr(run, field.name)
+            if value not in kinds and type(value) not in kinds + [int] * (float in kinds):
+                raise ValueError(f"its {field.name} is {value}")
+        args = read(default=run)
+        for name, value in vars(run).items():
+            if name not in RESUMABLE and getattr(args, name) != value:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+        if args.total_timesteps < run.total_timesteps:
+            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
+    return args
 
 
 def resolve(args: Args) -> Args:
@@ -283,10 +289,11 @@ def resolve(args: Args) -> Args:
         args = dataclasses.replace(args, total_timesteps=max(1, args.teacher_timesteps // 5))
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    if not args.distill_coef or not all(0 <= value <= 1e6 for value in args.distill_coef):
-        fail(f"--distill-coef takes numbers between 0 and 1e6, not {args.distill_coef}")
+    if not args.distill_coef:
+        fail("--distill-coef takes one number or more")
     if args.method == "ppo" and args.teacher:
         fail("--method ppo trains teachers; with --teacher there is nothing left to do")
     own = (args.distill_coef, args.distill_coef_final, args.distill_weight)
@@ -294,9 +301,8 @@ def resolve(args: Args) -> Args:
         fail(f"--distill-coef and --distill-weight are of PPD's term; {args.method} has none")
     if args.cnn and not is_grid(args.env_id):
         fail(f"--cnn is for MinAtar; {args.env_id} has states")
-    hidden = args.network.hidden
-    if not 1 <= len(hidden) <= MAX_LAYERS or not all(1 <= width <= 65_536 for width in hidden):
-        fail(f"a network has 1 to {MAX_LAYERS} hidden layers of 1 to 65536 units, not {hidden}")
+    if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
+        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
     learned = ([("", args)] if args.method == "ppd" else []) + [("teacher ", teacher_args(args))] * (not args.teacher)
     for whose, each in learned:
         if each.batch_size % each.num_minibatches or each.batch_size < 2 * each.num_minibatches:
@@ -853,18 +859,20 @@ def train(
 SCRIPT = Path(__file__).stem
 FORMAT = "proximal-policy-distillation 3"
 PHASES = ("teacher", "student")
+BEGIN = {"bytes": 0, "rows": 0, "teacher_step": 0, "student_step": 0, "teacher_SPS": 0.0, "student_SPS": 0.0,
+         "seconds": 0.0}  # what is known of the rows of progress.csv
 # Of progress.csv; a teacher's training has no distillation losses, the baselines no PPO's, and their cells stay empty
 COLUMNS = ["phase", "seed", "distill_coef", "global_step", "seconds", "charts/SPS", "charts/episodic_return"] + [
     f"losses/{name}" for name in ("loss", "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac",
                                   "distill_loss", "teacher_kl", "grad_norm", "param_norm")]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also when the process is killed or the power fails."""
+def write_atomic(path: Path, content: bytes | dict) -> None:
+    """Write a file, a dict as JSON, whole or not at all, also when the process is killed or the power fails."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(content if isinstance(content, bytes) else (json.dumps(content, indent=2) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -873,11 +881,6 @@ def write_atomic(path: Path, data: bytes) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name must reach the disk as well
     os.close(folder)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a small file for people and programs."""
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def save_file(path: Path, about: dict, tree: Any) -> None:
@@ -933,7 +936,8 @@ class Run:
 
     def __init__(self, args: Args, saved: dict | None):
         """Begin, or go on from a checkpoint: what was logged after it is dropped, since it will be made again."""
-        self.folder = Path(args.resume or args.run_dir or f"runs/{args.name}")
+        name = f"{args.env_id}__{SCRIPT}__{args.student_size}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         try:
             self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
         except FileExistsError:  # another run began in this second
@@ -941,26 +945,23 @@ class Run:
             self.folder.mkdir()
         except OSError as error:
             fail(f"cannot create {self.folder}: {error.strerror}")
-        command = saved["command"] if saved else shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        typed = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
         self.about = {
-            "env_id": args.env_id, "script": SCRIPT, "command": command,
+            "env_id": args.env_id, "script": SCRIPT, "command": saved.get("command") if saved else typed,
             "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
-            "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+            "versions": {"python": sys.version.split()[0], "jax": jax.__version__, "flax": flax.__version__,
                          "gymnax": importlib.metadata.version("gymnax"), "device": jax.devices()[0].device_kind}}
-        write_json(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
+        write_atomic(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
-        begin = {"bytes": 0, "rows": 0, "steps": dict.fromkeys(PHASES, 0), "SPS": dict.fromkeys(PHASES, 0.0),
-                 "seconds": 0.0, "wandb_id": secrets.token_hex(4)}
-        self.logged = saved["logged"] if saved else begin
+        self.logged = dict(saved["logged"] if saved else BEGIN)
         self.began, self.compiled = time.time() - self.logged["seconds"], {}
-        self.file = open(self.folder / "progress.csv", "a+", newline="")
-        self.file.seek(0)
-        self.sent = self.file.read().count("\n") - 1  # rows, without the header
-        self.file.truncate(min(self.file.tell(), self.logged["bytes"]))
+        self.file = open(self.folder / "progress.csv", "a", newline="")
+        self.file.seek(self.file.truncate(min(self.file.tell(), self.logged["bytes"])))
         self.events = {}
         for phase in PHASES:  # each in its folder, since steps begin anew: START drops all later ones of its folder
-            folder, first = self.folder / "tfevents" / phase, self.logged["steps"][phase] + 1
+            folder, first = self.folder / "tfevents" / phase, self.logged[f"{phase}_step"] + 1
             folder.mkdir(parents=True, exist_ok=True)
+            # Not by SummaryWriter, whose thread would wait for ever where the disk is full
             self.events[phase] = EventsWriter(str(folder / "events"), f".{os.getpid()}")
             self.events[phase].write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
         self.tracker = None
@@ -970,8 +971,12 @@ class Run:
 
                 self.tracker = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
-                    config=vars(args), id=self.logged["wandb_id"], resume="allow")
-            self.tracker.define_metric("*", step_metric="global_step")
+                    config=vars(args), id=self.logged.get("wandb_id"), resume="allow")
+                self.logged["wandb_id"] = self.tracker.id
+                self.tracker.define_metric("*", step_metric="global_step")
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
 
     def log(self, phase: str, step: int, runs: list[tuple[int, float]], metrics: dict[str, np.ndarray]) -> None:
         """Log the part of a phase that ended at this environment step, with a row for each run.
@@ -979,30 +984,30 @@ class Run:
         runs: seed and λ of each; metrics: [R]. The speed is that of all runs together; it leaves out the first part,
         which compiles.
         """
-        seconds, steps, sps = time.time() - self.began, self.logged["steps"], self.logged["SPS"]
+        seconds, sps = time.time() - self.began, self.logged[f"{phase}_SPS"]
         first, since = self.compiled.setdefault(phase, (step, seconds))
         if step > first:
-            sps[phase] = (step - first) * len(runs) / (seconds - since)
-        elif not sps[phase]:
-            sps[phase] = (step - steps[phase]) * len(runs) / (seconds - self.logged["seconds"])
-        table = csv.DictWriter(self.file, COLUMNS)
-        if self.file.seek(0, os.SEEK_END) == 0:
+            sps = (step - first) * len(runs) / (seconds - since)
+        elif not sps:
+            sps = (step - self.logged[f"{phase}_step"]) * len(runs) / (seconds - self.logged["seconds"])
+        table, tracked = csv.DictWriter(self.file, COLUMNS), {"global_step": step}
+        if self.file.tell() == 0:
             table.writeheader()
         for i, (seed, distill_coef) in enumerate(runs):
             values = {name: float(x[i]) for name, x in metrics.items()}
             table.writerow({"phase": phase, "seed": seed, "distill_coef": distill_coef, "global_step": step,
-                            "seconds": round(seconds, 3), "charts/SPS": sps[phase]} | values)
-            self.file.flush()
-            self.logged["rows"] += 1
+                            "seconds": round(seconds, 3), "charts/SPS": sps} | values)
             tag = f"{phase}_{seed}_lambda_{distill_coef:g}"
-            finite = {f"{tag}/{name}": x for name, x in values.items() if np.isfinite(x)}  # no return before an end
-            for name, x in finite.items():
-                self.events[phase].write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, x)))
-            if self.tracker is not None and self.logged["rows"] > self.sent:  # sent before a crash is not sent again
-                self.tracker.log({"global_step": step} | finite)
+            tracked |= {f"{tag}/{name}": x for name, x in values.items() if np.isfinite(x)}  # no return before an end
+        self.file.flush()
+        for name, x in tracked.items():
+            self.events[phase].write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, x)))
         self.events[phase].flush()
-        steps[phase] = step
-        self.logged |= {"bytes": self.file.tell(), "seconds": seconds}
+        rows = self.logged["rows"] + len(runs)
+        if self.tracker is not None:
+            self.tracker.log(tracked, step=rows, commit=True)  # a step that W&B has had before a crash, it leaves out
+        self.logged |= {"bytes": self.file.tell(), "rows": rows, f"{phase}_step": step, f"{phase}_SPS": sps,
+                        "seconds": seconds}
 
     def save(self, phase: str, updates: int, networks: Networks, state: TrainState, teacher: Frozen | None) -> None:
         """Save all that --resume needs; two files stay. teacher: before noise [S], None while teachers are trained."""
@@ -1015,6 +1020,19 @@ class Run:
         for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
             old.unlink()
 
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Take SIGINT or SIGTERM: an update ends and is saved, all else stops at once; so does all at a second one."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.signal = number
+        if self.file.closed:  # nothing is learned any more
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """End the program for the signal that came."""
+        print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {self.folder}", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
+
     def close(self) -> None:
         """Close all files."""
         self.file.close()
@@ -1024,9 +1042,8 @@ class Run:
             self.tracker.finish()
 
 
-def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str]:
-    """Read a run's newest whole checkpoint: flags, all else, arrays, which it is; end the program if there is none."""
-    check = partial(check_type, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+def load_checkpoint(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read a run's newest whole checkpoint: what it says, and its arrays; end the program if there is none."""
     problems = ""
     for path in sorted(Path(folder).glob("checkpoint_*.safetensors"), reverse=True):
         try:
@@ -1037,27 +1054,20 @@ def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str
         if about.get("script") != SCRIPT:
             fail(f"{folder} is a run of {about.get('script')}.py; go on with that script")
         with checked(f"{folder} was made by another version of {SCRIPT}.py"):
-            flags = {name: tuple(x) if isinstance(x, list) else x for name, x in about["args"].items()}
-            for field in dataclasses.fields(Args):
-                check(flags[field.name], field.type)
-            logged = about["logged"]
-            counts = [about["updates"], logged["bytes"], logged["rows"], *(logged["steps"][phase] for phase in PHASES)]
-            numbers = [logged["seconds"], *(logged["SPS"][phase] for phase in PHASES)]
-            check(counts, list[int])
-            check(numbers, list[float])
-            check([logged["wandb_id"], about["command"]], list[str])
-            if about["phase"] not in PHASES or not all(0 <= x <= 1e15 for x in counts + numbers):
-                raise ValueError(f"it stands at {about['phase']}, {counts}, {numbers}")
-            return Args(**flags), about, arrays, f"{problems}going on from {path}"
+            known = about["logged"] | {"updates": about["updates"]}
+            for name, begin in (BEGIN | {"updates": 0}).items():
+                if not isinstance(known[name], int | type(begin)) or not 0 <= known[name] < 10**15:
+                    raise ValueError(f"its {name} is {known[name]}")
+        return about | {"note": f"{problems}going on from {path}"}, arrays
     fail(f"{problems}{folder} holds no checkpoint to go on from")
 
 
 def read_network(found: dict) -> Network:
     """Return the network that a file describes; raises an exception of any kind if it does not describe one."""
     network = Network(found["kind"], tuple(found["channels"]), tuple(found["hidden"]))
-    if len(network.channels) + len(network.hidden) > MAX_LAYERS:
-        raise ValueError(f"its network has more than {MAX_LAYERS} layers")
-    return check_type(network, Network, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    if network.kind not in ("mlp", "minatar") or len(network.channels) + len(network.hidden) > MAX_LAYERS:
+        raise ValueError(f"its network, {network.kind}, has more than {MAX_LAYERS} layers or is none of gymnax's tasks")
+    return network
 
 
 def shapes_of(args: Args, networks: Networks, *axes: int) -> TrainState:
@@ -1074,11 +1084,8 @@ def make_frozen(shapes: TrainState, arrays: dict[str, np.ndarray]) -> Frozen:
 
 def load_teacher(args: Args, path: str) -> tuple[Networks, Frozen]:
     """Read the networks and the parameters of a teacher's file; end the program if it does not fit the task."""
-    try:
-        about, arrays = read_file(path)
-    except ValueError as error:
-        fail(str(error))
     with checked(f"{path} is no teacher of {args.env_id}"):
+        about, arrays = read_file(path)
         if about["env_id"] != args.env_id:
             raise ValueError(f"its task is {about['env_id']}")
         networks = make_networks(args.env_id, read_network(about["network"]))
@@ -1111,24 +1118,6 @@ def save_models(
             "evaluation": {"mean": evaluation["means"][i], "std": float(np.std(returns)), "returns": returns}}
         path = run.folder / f"{name}_{args.seed + i}.safetensors"
         save_file(path, about, player.params | {"obs_stats": player.obs_stats})
-
-
-def on_signal(act: Callable[[int], None]) -> None:
-    """Call act(number) at the first SIGINT or SIGTERM; a second one ends the program at once."""
-
-    def handle(number, frame):
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        act(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-
-
-def stop(folder: Path, number: int) -> NoReturn:
-    """End the program for the signal of this number."""
-    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-    raise SystemExit(128 + number)
 
 
 def wait(arrays: Any) -> Any:
@@ -1259,16 +1248,6 @@ def check_finite(metrics: dict[str, np.ndarray], place: str, folder: Path) -> No
             raise SystemExit(f"error: {place} gave {name} = {values}; the last good state is in {folder}")
 
 
-def resume(args: Args) -> tuple[dict, dict[str, np.ndarray]]:
-    """Read the checkpoint that --resume names; end the program where a flag contradicts the run's."""
-    flags, saved, arrays, note = load_checkpoint(args.resume)
-    for name, value in vars(flags).items():
-        if name not in RESUMABLE and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
-    print(note, file=sys.stderr)
-    return saved, arrays
-
-
 def restore(
     args: Args, saved: dict, arrays: dict[str, np.ndarray]
 ) -> tuple[Networks, Frozen | None, tuple[int, TrainState]]:
@@ -1291,14 +1270,12 @@ def restore(
 
 
 def fit(
-    args: Args, networks: Networks, teacher: Frozen | None, start: tuple[int, TrainState] | None, run: Run,
-    signals: list[int],
+    args: Args, networks: Networks, teacher: Frozen | None, start: tuple[int, TrainState] | None, run: Run
 ) -> TrainState:
     """Train the teachers or, given these, the students; returns their states [R], as NumPy arrays.
 
     The runs are all seeds under the first λ, then all under the next. teacher: before noise, [S]; start: the parts done
-    and the state after them, or None to begin; signals: those received so far. One ends the program after the part
-    under way.
+    and the state after them, or None to begin. A signal ends the program after the part under way.
     """
     phase, updates = "teacher" if teacher is None else "student", args.updates_per_part
     seeds = range(args.seed, args.seed + args.num_seeds)
@@ -1338,8 +1315,8 @@ def fit(
             # Save
             learned = pick(jax.device_get(state), slice(len(runs)))  # without what only fills the devices
             run.save(phase, part * updates, networks, learned, teacher)
-            if signals:
-                stop(run.folder, signals[0])
+            if run.signal is not None:
+                run.stop()
     return learned
 
 
@@ -1365,10 +1342,9 @@ def finish(args: Args, networks: Networks, teacher: Frozen, students: Frozen | N
                 ratios = np.divide(found["means"], results["teacher"]["means"])
                 found["ratio"] = float(np.exp(np.log(np.maximum(ratios, 1e-12)).mean()))
     made, phase = (networks.policy, "student") if students else (networks.teacher, "teacher")
-    timing = {"seconds": run.logged["seconds"]} | {
-        f"{name}_SPS": sps for name, sps in run.logged["SPS"].items() if sps}
+    timing = {name: run.logged[name] for name in ("seconds", "teacher_SPS", "student_SPS") if run.logged[name]}
     about = run.about | {"network": made.network._asdict()}
-    write_json(run.folder / "results.json", about | timing | {"results": results})
+    write_atomic(run.folder / "results.json", about | timing | {"results": results})
     plot(run.folder, args, results)
 
     print(f"return: mean and 95% interval over {args.num_seeds} seeds, {args.eval_episodes} episodes each")
@@ -1376,7 +1352,7 @@ def finish(args: Args, networks: Networks, teacher: Frozen, students: Frozen | N
         interval = "" if found["interval"] is None else f" ± {found['interval']:.1f}"
         ratio = f", {found['ratio']:.3f} of the teacher's" if "ratio" in found else ""
         print(f"{name.replace('_', ' '):<18} {found['mean']:>9.1f}{interval}{ratio}")
-    print(f"{'steps per second':<18} {run.logged['SPS'][phase]:>9.0f} ({phase}s, all seeds together)")
+    print(f"{'steps per second':<18} {run.logged[f'{phase}_SPS']:>9.0f} ({phase}s, all seeds together)")
     print(f"{'files':<18} {run.folder}")
     return {name: found["mean"] for name, found in results.items()} | timing | {
         f"{name}_ratio": found["ratio"] for name, found in results.items() if "ratio" in found}
@@ -1385,29 +1361,28 @@ def finish(args: Args, networks: Networks, teacher: Frozen, students: Frozen | N
 def main(args: Args) -> dict[str, float]:
     """Train teachers, distil students and evaluate all of them; returns the single numbers of results.json."""
     choose_device(args.device)
-    saved, arrays = resume(args) if args.resume else (None, {})
+    saved, arrays = load_checkpoint(args.resume) if args.resume else (None, {})
     args = resolve(args)
     start, students = None, None
     if saved:
         teacher_networks, teacher, start = restore(args, saved, arrays)
+        print(saved["note"], file=sys.stderr)
     elif args.teacher:
         teacher_networks, teacher = load_teachers(args)
     else:
         teacher_networks, teacher = make_networks(args.env_id, teacher_args(args).network), None
     networks = make_networks(args.env_id, args.network, teacher_networks)
 
-    run, signals = Run(args, saved), []
+    run = Run(args, saved)
     with closing(run):
-        on_signal(signals.append)
         if teacher is None:
-            state = fit(teacher_args(args), teacher_networks, None, start, run, signals)
+            state = fit(teacher_args(args), teacher_networks, None, start, run)
             teacher, start = Frozen(state.params, state.obs_stats), None
         if args.method != "ppo":
-            state = fit(args, networks, teacher, start, run, signals)
+            state = fit(args, networks, teacher, start, run)
             students = Frozen(state.params, state.obs_stats)
-    on_signal(partial(stop, run.folder))
-    if signals:  # after the last part
-        stop(run.folder, signals[0])
+    if run.signal is not None:  # it came after the last part
+        run.stop()
     return finish(args, networks, teacher, students, run)
 
 

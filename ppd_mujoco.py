@@ -28,7 +28,6 @@ appendix A.3.
 #   "tensorboardX==2.6.5",
 #   "tfp-nightly==0.26.0.dev20261027",
 #   "tqdm==4.67.1",
-#   "typeguard==4.6.1",
 #   "tyro==1.0.17",
 # ]
 # ///
@@ -40,9 +39,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
-import re
-import secrets
 import shlex
 import signal
 import sys
@@ -51,10 +47,9 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import distrax
 import flax
@@ -69,14 +64,13 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import trange
-from typeguard import CollectionCheckStrategy, check_type
 
 # ======================================================================================================================
 # Arguments
 # ======================================================================================================================
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Args:
     """All flags."""
 
@@ -161,11 +155,6 @@ class Args:
         return sizes[self.student_size] if self.student_hidden is None else self.student_hidden
 
     @property
-    def name(self) -> str:
-        """What the run is called."""
-        return f"{self.env_id}__{SCRIPT}__{self.student_size}__{self.seed}__{int(time.time())}"
-
-    @property
     def batch_size(self) -> int:
         """Samples of a rollout, N*T."""
         return self.num_envs * self.num_steps
@@ -176,13 +165,14 @@ class Args:
         return -(-self.total_timesteps // self.batch_size)
 
 
-# Smallest and largest value of a flag
+# Smallest and largest value of a flag, or of each of its numbers
 RANGES = {
     "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
     "num_devices": (1, 10**4), "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "seed": (0, 10**9 - 1),
-    "eval_episodes": (1, 10**5), "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1),
-    "gae_lambda": (0, 1), "clip_coef": (0, 1), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
-    "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6), "teacher_noise_std": (0, 1e6),
+    "eval_episodes": (1, 10**5), "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1.0),
+    "gae_lambda": (0, 1.0), "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6),
+    "max_grad_norm": (1e-9, 1e9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
+    "teacher_noise_std": (0, 1e6), "student_hidden": (1, 65_536),
 }
 MAX_LAYERS = 64
 RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
@@ -196,12 +186,27 @@ def fail(message: str) -> NoReturn:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; with --resume, flags that are not given are the run's own."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
+    read = partial(tyro.cli, Args, args=argv, description=__doc__)
+    args = read()
     if args.resume is None:
         return args
-    run = dataclasses.replace(load_checkpoint(args.resume)[0], resume=args.resume)
-    return tyro.cli(Args, args=argv, description=__doc__, default=run)
+    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
+        flags = load_checkpoint(args.resume)[0]["args"]
+        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
+        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
+        for field in dataclasses.fields(Args):
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
+            value = getattr(run, field.name)
+            if value not in kinds and type(value) not in kinds + [int] * (float in kinds):
+                raise ValueError(f"its {field.name} is {value}")
+        args = read(default=run)
+        for name, value in vars(run).items():
+            if name not in RESUMABLE and getattr(args, name) != value:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+        if args.total_timesteps < run.total_timesteps:
+            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
+    return args
 
 
 def resolve(args: Args) -> Args:
@@ -210,10 +215,11 @@ def resolve(args: Args) -> Args:
         args = dataclasses.replace(args, gamma=0.995 if args.env_id.startswith(("Hopper", "Swimmer")) else 0.999)
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    if not 1 <= len(args.hidden) <= MAX_LAYERS or not all(1 <= width <= 65_536 for width in args.hidden):
-        fail(f"a network has 1 to {MAX_LAYERS} hidden layers of 1 to 65536 units, not {args.hidden}")
+    if not 1 <= len(args.hidden) <= MAX_LAYERS:
+        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.hidden)}")
     if args.num_minibatches is None:
         divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
         args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
@@ -251,17 +257,16 @@ def import_envpool() -> Any:
     return envpool
 
 
-def check_task(env_id: str) -> None:
-    """End the program for a task that is no Gym MuJoCo task of envpool, naming those like it."""
+def task_shape(env_id: str) -> tuple[list[int], int]:
+    """Return the shape of an observation and the number of action dimensions, without making an environment.
+
+    End the program for a task that is no Gym MuJoCo task of envpool, naming those like it.
+    """
     specs = import_envpool().registration.registry.specs  # of each task by name: the module it lies in, and more
     known = [name for name, (module, *_) in specs.items() if module == "envpool.mujoco.gym"]
     if env_id not in known:
         near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3) or known
         fail(f"unknown MuJoCo task {env_id}; did you mean {', '.join(near)}?")
-
-
-def task_shape(env_id: str) -> tuple[list[int], int]:
-    """Return the shape of an observation and the number of action dimensions, without making an environment."""
     spec = import_envpool().make_spec(env_id)
     return list(spec.gymnasium_observation_space.shape), int(spec.gymnasium_action_space.shape[0])
 
@@ -669,14 +674,15 @@ def update(
 
 SCRIPT = Path(__file__).stem
 FORMAT = "proximal-policy-distillation 3"
+BEGIN = {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0}  # what is known of the rows of progress.csv
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also when the process is killed or the power fails."""
+def write_atomic(path: Path, content: bytes | dict) -> None:
+    """Write a file, a dict as JSON, whole or not at all, also when the process is killed or the power fails."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(content if isinstance(content, bytes) else (json.dumps(content, indent=2) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -685,11 +691,6 @@ def write_atomic(path: Path, data: bytes) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name must reach the disk as well
     os.close(folder)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a small file for people and programs."""
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def save_file(path: Path, about: dict, tree: Any) -> None:
@@ -745,7 +746,8 @@ class Run:
 
     def __init__(self, args: Args, saved: dict | None):
         """Begin, or go on from a checkpoint: what was logged after it is dropped, since it will be made again."""
-        self.folder = Path(args.resume or args.run_dir or f"runs/{args.name}")
+        name = f"{args.env_id}__{SCRIPT}__{args.student_size}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         try:
             self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
         except FileExistsError:  # another run began in this second
@@ -753,21 +755,19 @@ class Run:
             self.folder.mkdir()
         except OSError as error:
             fail(f"cannot create {self.folder}: {error.strerror}")
-        command = saved["command"] if saved else shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        typed = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
         self.about = {
-            "env_id": args.env_id, "script": SCRIPT, "command": command,
+            "env_id": args.env_id, "script": SCRIPT, "command": saved.get("command") if saved else typed,
             "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
-            "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+            "versions": {"python": sys.version.split()[0], "jax": jax.__version__, "flax": flax.__version__,
                          "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}}
-        write_json(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
+        write_atomic(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
-        begin = {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0, "wandb_id": secrets.token_hex(4)}
-        self.logged = saved["logged"] if saved else begin
+        self.logged = dict(saved["logged"] if saved else BEGIN)
         self.batch_size, self.began, self.compiled = args.batch_size, time.time() - self.logged["seconds"], None
-        self.file = open(self.folder / "progress.csv", "a+", newline="")
-        self.file.seek(0)
-        self.sent = max(map(int, re.findall(r"^(\d+),.*\n", self.file.read(), re.MULTILINE)), default=0)
-        self.file.truncate(min(self.file.tell(), self.logged["bytes"]))
+        self.file = open(self.folder / "progress.csv", "a", newline="")
+        self.file.seek(self.file.truncate(min(self.file.tell(), self.logged["bytes"])))
+        # Not by SummaryWriter, whose thread would wait for ever where the disk is full
         self.events = EventsWriter(str(self.folder / "events"), f".{os.getpid()}")
         self.events.write_event(Event(step=self.logged["step"] + 1, session_log=SessionLog(status=SessionLog.START)))
         self.tracker = None
@@ -777,8 +777,11 @@ class Run:
 
                 self.tracker = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
-                    config=vars(args), id=self.logged["wandb_id"], resume="allow")
-            self.tracker.define_metric("*", step_metric="global_step")
+                    config=vars(args), id=self.logged.get("wandb_id"), resume="allow")
+                self.logged["wandb_id"] = self.tracker.id
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Log the update that ended at this environment step; the speed leaves out the first, which compiles."""
@@ -788,7 +791,7 @@ class Run:
         sps = steps / elapsed if steps else self.logged["SPS"] or step / seconds
         row = {"global_step": step, "seconds": round(seconds, 3), "charts/SPS": sps} | metrics
         table = csv.DictWriter(self.file, list(row))
-        if self.file.seek(0, os.SEEK_END) == 0:
+        if self.file.tell() == 0:
             table.writeheader()
         table.writerow(row)
         self.file.flush()
@@ -796,8 +799,8 @@ class Run:
         for name, value in finite.items():
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
         self.events.flush()
-        if self.tracker is not None and step > self.sent:  # rows that were sent before a crash are not sent twice
-            self.tracker.log(finite)
+        if self.tracker is not None:
+            self.tracker.log(finite, step=step, commit=True)  # a step that W&B has had before a crash, it leaves out
         self.logged |= {"bytes": self.file.tell(), "step": step, "SPS": sps, "seconds": seconds}
 
     def save(self, updates: int, state: TrainState, finished: deque, teacher: Teacher) -> None:
@@ -809,6 +812,19 @@ class Run:
         for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
             old.unlink()
 
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Take SIGINT or SIGTERM: an update ends and is saved, all else stops at once; so does all at a second one."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.signal = number
+        if self.file.closed:  # nothing is learned any more
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """End the program for the signal that came."""
+        print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {self.folder}", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
+
     def close(self) -> None:
         """Close all files."""
         self.file.close()
@@ -817,9 +833,9 @@ class Run:
             self.tracker.finish()
 
 
-def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str]:
-    """Read a run's newest whole checkpoint: flags, all else, arrays, which it is; end the program if there is none."""
-    check, problems = partial(check_type, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS), ""
+def load_checkpoint(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read a run's newest whole checkpoint: what it says, and its arrays; end the program if there is none."""
+    problems = ""
     for path in sorted(Path(folder).glob("checkpoint_*.safetensors"), reverse=True):
         try:
             about, arrays = read_file(path)
@@ -829,35 +845,12 @@ def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str
         if about.get("script") != SCRIPT:
             fail(f"{folder} is a run of {about.get('script')}.py; go on with that script")
         with checked(f"{folder} was made by another version of {SCRIPT}.py"):
-            flags = {name: tuple(x) if isinstance(x, list) else x for name, x in about["args"].items()}
-            for field in dataclasses.fields(Args):
-                check(flags[field.name], field.type)
-            logged, finished = about["logged"], about["finished"]
-            counts = check([about["updates"], logged["bytes"], logged["step"]], list[int])
-            figures = check([logged["SPS"], logged["seconds"], *finished], list[float])
-            if not all(0 <= n < 10**15 for n in counts) or not np.isfinite(np.array(figures, float)).all():
-                raise ValueError(f"{counts} and {figures[:2]} are no counts and times of a run")
-            check([logged["wandb_id"], about["command"]], list[str])
-            return Args(**flags), about, arrays, f"{problems}going on from {path}"
+            known = about["logged"] | {"updates": about["updates"]}
+            for name, begin in (BEGIN | {"updates": 0}).items():
+                if not isinstance(known[name], int | type(begin)) or not 0 <= known[name] < 10**15:
+                    raise ValueError(f"its {name} is {known[name]}")
+        return about | {"note": f"{problems}going on from {path}"}, arrays
     fail(f"{problems}{folder} holds no checkpoint to go on from")
-
-
-def on_signal(act: Callable[[int], None]) -> None:
-    """Call act(number) at the first SIGINT or SIGTERM; a second one ends the program at once."""
-
-    def handle(number, frame):
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        act(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-
-
-def stop(folder: Path, number: int) -> NoReturn:
-    """End the program for the signal of this number."""
-    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-    raise SystemExit(128 + number)
 
 
 # ======================================================================================================================
@@ -896,34 +889,33 @@ def assess(args: Args, variant: dict, policy: Policy, frozen: Frozen) -> dict[st
 # ======================================================================================================================
 
 
-def find_teacher(args: Args) -> tuple[dict, dict[str, np.ndarray], str]:
-    """Read the file of --teacher, or of the task's shipped teacher; returns what it says, its arrays and its path."""
+def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.ndarray] | None = None) -> Teacher:
+    """Make the policy of a resumed run's teacher, of --teacher, or of the task's shipped one.
+
+    End the program if there is no such file, or if it is not what it says.
+    """
     env_id = args.env_id or "Hopper-v4"
-    path = args.teacher or str(Path(__file__).parent / f"teachers/{env_id}__100.safetensors")
-    if args.env_id or not args.teacher:
-        check_task(env_id)
-    try:
-        about, arrays = read_file(path)
-    except ValueError as error:
-        hint = f"; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file with --teacher"
-        fail(f"{error}{'' if args.teacher else hint}")
-    if args.env_id not in (None, about.get("env_id")):
-        fail(f"{path} is a teacher of {about.get('env_id')}, not of {args.env_id}")
-    return about, arrays, path
-
-
-def make_teacher(about: dict, arrays: dict[str, np.ndarray], path: str) -> Teacher:
-    """Make the policy that a model file describes; end the program if the file is not what it says."""
+    path = args.resume or args.teacher or str(Path(__file__).parent / f"teachers/{env_id}__100.safetensors")
+    task_shape(env_id)
+    if not args.teacher and not os.path.exists(path):
+        fail(f"there is no {path}; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file "
+             "with --teacher")
     with checked(f"{path} is no model of a MuJoCo task"):
+        if saved:
+            about = saved["teacher"]
+            arrays = {name[len("teacher/"):]: x for name, x in arrays.items() if name.startswith("teacher/")}
+        else:
+            about, arrays = read_file(path)
+        if args.env_id not in (None, about["env_id"]):
+            fail(f"{path} is a teacher of {about['env_id']}, not of {args.env_id}")
         if about["network"]["kind"] != "mlp" or type(about["variant"]["contact_forces"]) is not bool:
             raise ValueError(f"it is of the kind {about['network']['kind']}, {about['variant']}")
         policy = Policy(tuple(about["network"]["hidden"][:MAX_LAYERS]), about["action_dim"])
+        if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(about["env_id"])):
+            fail(f"{path} is for observations and actions of {found}; those of {about['env_id']} are {needed}")
         x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32)
         params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, "policy")
         stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, "obs_stats")
-        check_task(about["env_id"])
-        if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(about["env_id"])):
-            fail(f"{path} is for observations and actions of {found}; those of {about['env_id']} are {needed}")
     return Teacher(about, arrays, policy, Frozen(params, stats))
 
 
@@ -947,17 +939,6 @@ def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> Non
             raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
 
 
-def resume(args: Args) -> tuple[dict, dict[str, np.ndarray]]:
-    """Read the checkpoint that --resume names; end the program where a flag contradicts the run's."""
-    flags, saved, arrays, note = load_checkpoint(args.resume)
-    for name, value in vars(flags).items():
-        if name not in RESUMABLE and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
-    if args.total_timesteps < flags.total_timesteps:
-        fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {flags.total_timesteps}")
-    return saved | {"note": note}, arrays
-
-
 def finish(args: Args, run: Run, players: dict, params: dict, teacher: Teacher) -> dict[str, float]:
     """Evaluate all players on the same games, write student.safetensors and results.json, and print the outcome.
 
@@ -970,7 +951,7 @@ def finish(args: Args, run: Run, players: dict, params: dict, teacher: Teacher) 
     network = {"kind": "mlp", "channels": [], "hidden": list(args.hidden)}
     model = teacher.about | run.about | {"role": "student", "network": network, "evaluation": results["student"]}
     save_file(run.folder / "student.safetensors", model, params | {"obs_stats": teacher.frozen.obs_stats})
-    write_json(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)
+    write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)
     for name, found in results.items():
         print(f"{name.replace('_', ' '):<18} {found['mean']:>10,.1f} ± {found['std']:,.1f} "
               f"({args.eval_episodes} episodes, {found['games']} of them different)")
@@ -987,9 +968,8 @@ def main(args: Args) -> dict[str, float]:
         jax.config.update("jax_num_cpu_devices", args.num_devices or 1)
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    saved, arrays = resume(args) if args.resume else (None, {})
-    own = {name[len("teacher/"):]: x for name, x in arrays.items() if name.startswith("teacher/")}
-    teacher = make_teacher(*((saved.get("teacher"), own, args.resume) if saved else find_teacher(args)))
+    saved, arrays = load_checkpoint(args.resume) if args.resume else (None, {})
+    teacher = load_teacher(args, saved, arrays)
     args = resolve(dataclasses.replace(args, env_id=teacher.about["env_id"]))
     noisy = corrupt(teacher.frozen.params, args.teacher_noise_std, args.teacher_noise_seed)
     taught = teacher.frozen._replace(params=noisy)
@@ -1002,19 +982,17 @@ def main(args: Args) -> dict[str, float]:
     if saved:
         with checked(f"{args.resume} holds no state of this run"):
             state = fill(state, arrays, "state")
+            cursor.finished.extend(map(float, saved["finished"]))
         state = state._replace(discounted=jnp.zeros(args.num_envs))  # its episodes are gone with the simulator
-        cursor.finished.extend(saved["finished"])
+        print(saved["note"], file=sys.stderr)
     state = jax.device_put(state, replicated(args.num_devices))  # as `update` returns it, or that would compile twice
 
-    run, signals = Run(args, saved), []
-    if saved:
-        print(saved["note"], file=sys.stderr)
+    run = Run(args, saved)
     bar = trange(first + 1, args.num_updates + 1, initial=first, total=args.num_updates, desc=args.env_id,
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
         if not saved:
             run.save(0, state, cursor.finished, teacher)
-        on_signal(signals.append)
         for iteration in bar:
             # Collect
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, networks.policy.action_dim))
@@ -1033,14 +1011,13 @@ def main(args: Args) -> dict[str, float]:
             bar.set_postfix_str(f"return {episodic_return:.0f}, KL {metrics['losses/teacher_kl']:.3f}", refresh=False)
 
             # Save
-            interrupted = bool(signals)
+            interrupted = run.signal is not None
             if interrupted or iteration % args.checkpoint_every == 0 or iteration == args.num_updates:
                 run.save(iteration, state, cursor.finished, teacher)
             if interrupted:
-                stop(run.folder, signals[0])
-    on_signal(partial(stop, run.folder))
-    if signals:  # one that came while the last checkpoint was saved
-        stop(run.folder, signals[0])
+                run.stop()
+    if run.signal is not None:  # it came while the last checkpoint was saved
+        run.stop()
     envs.close()
     student = teacher.frozen._replace(params=state.params["policy"])
     players = {"student": (networks.policy, student), "teacher": (teacher.policy, teacher.frozen)}

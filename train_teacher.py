@@ -28,7 +28,6 @@ et al. 2017, with the hyperparameters of Spigler, "Proximal Policy Distillation"
 #   "tensorboardX==2.6.5",
 #   "tfp-nightly==0.26.0.dev20261027",
 #   "tqdm==4.67.1",
-#   "typeguard==4.6.1",
 #   "tyro==1.0.17",
 # ]
 # ///
@@ -40,9 +39,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
-import re
-import secrets
 import shlex
 import signal
 import sys
@@ -51,10 +47,9 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import distrax
 import flax
@@ -69,7 +64,6 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import trange
-from typeguard import CollectionCheckStrategy, check_type
 
 # ======================================================================================================================
 # Arguments
@@ -97,7 +91,7 @@ NETWORKS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Args:
     """All flags."""
 
@@ -184,11 +178,6 @@ class Args:
         return Network(kind, self.channels or channels, hidden if self.hidden is None else self.hidden)
 
     @property
-    def name(self) -> str:
-        """What the run is called."""
-        return f"{self.env_id}__{SCRIPT}__{self.seed}__{int(time.time())}"
-
-    @property
     def batch_size(self) -> int:
         """Samples of a rollout, N*T."""
         return self.num_envs * self.num_steps
@@ -207,13 +196,14 @@ PAPER = {
 }
 PAPER_TASKS = {"Hopper": {"num_steps": 256, "ent_coef": 0.01}, "Swimmer": {"num_steps": 256, "ent_coef": 0.01}}
 
-# Smallest and largest value of a flag
+# Smallest and largest value of a flag, or of each of its numbers
 RANGES = {
     "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
     "num_devices": (1, 10**4), "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "seed": (0, 10**9 - 1),
-    "eval_episodes": (1, 10**5), "learning_rate": (0, 1e3), "gamma": (0, 1), "gae_lambda": (0, 1), "clip_coef": (0, 1),
-    "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9), "frame_skip": (1, 100),
-    "repeat_action_probability": (0, 1), "start_level": (0, 10**9), "num_levels": (1, 10**9),
+    "eval_episodes": (1, 10**5), "learning_rate": (0, 1e3), "gamma": (0, 1.0), "gae_lambda": (0, 1.0),
+    "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
+    "frame_skip": (1, 100), "repeat_action_probability": (0, 1.0), "start_level": (0, 10**9), "num_levels": (1, 10**9),
+    "channels": (1, 65_536), "hidden": (1, 65_536),
 }
 MAX_LAYERS = 64
 RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
@@ -227,12 +217,27 @@ def fail(message: str) -> NoReturn:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; with --resume, flags that are not given are the run's own."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
+    read = partial(tyro.cli, Args, args=argv, description=__doc__)
+    args = read()
     if args.resume is None:
         return args
-    run = dataclasses.replace(load_checkpoint(args.resume)[0], resume=args.resume)
-    return tyro.cli(Args, args=argv, description=__doc__, default=run)
+    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
+        flags = load_checkpoint(args.resume)[0]["args"]
+        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
+        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
+        for field in dataclasses.fields(Args):
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
+            value = getattr(run, field.name)
+            if value not in kinds and type(value) not in kinds + [int] * (float in kinds):
+                raise ValueError(f"its {field.name} is {value}")
+        args = read(default=run)
+        for name, value in vars(run).items():
+            if name not in RESUMABLE and getattr(args, name) != value:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+        if args.total_timesteps < run.total_timesteps:
+            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
+    return args
 
 
 def resolve(args: Args) -> Args:
@@ -242,11 +247,11 @@ def resolve(args: Args) -> Args:
     args = dataclasses.replace(args, **{name: value for name, value in paper.items() if getattr(args, name) is None})
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    layers = args.network.channels + args.network.hidden
-    if not 1 <= len(args.network.hidden) <= MAX_LAYERS or not all(1 <= width <= 65_536 for width in layers):
-        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, and all of 1 to 65536 units, not {layers}")
+    if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
+        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
     if suite == "mujoco" and args.channels is not None:
         fail(f"--channels is for networks of images; {args.env_id} has states")
     if not args.contact_forces and not args.env_id.startswith("Humanoid"):
@@ -281,8 +286,8 @@ def resolve(args: Args) -> Args:
 EVAL_SEED = 10**9  # added to the seed of the environments in evaluation
 SUITES = {"envpool.atari": "atari", "envpool.mujoco.gym": "mujoco", "envpool.procgen": "procgen"}
 VARIANTS = {  # how a task is played: the flags of each suite that a model file keeps
-    "atari": {"frame_skip": int, "repeat_action_probability": float}, "mujoco": {"contact_forces": bool},
-    "procgen": {"start_level": int, "num_levels": int},
+    "atari": ("frame_skip", "repeat_action_probability"), "mujoco": ("contact_forces",),
+    "procgen": ("start_level", "num_levels"),
 }
 
 # Scores of a random and of a human player (Badia et al. 2020), for human-normalised scores
@@ -851,14 +856,15 @@ def update(
 
 SCRIPT = Path(__file__).stem
 FORMAT = "proximal-policy-distillation 3"
+BEGIN = {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0}  # what is known of the rows of progress.csv
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also when the process is killed or the power fails."""
+def write_atomic(path: Path, content: bytes | dict) -> None:
+    """Write a file, a dict as JSON, whole or not at all, also when the process is killed or the power fails."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(content if isinstance(content, bytes) else (json.dumps(content, indent=2) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -867,11 +873,6 @@ def write_atomic(path: Path, data: bytes) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name must reach the disk as well
     os.close(folder)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a small file for people and programs."""
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def save_file(path: Path, about: dict, tree: Any) -> None:
@@ -927,7 +928,8 @@ class Run:
 
     def __init__(self, args: Args, saved: dict | None):
         """Begin, or go on from a checkpoint: what was logged after it is dropped, since it will be made again."""
-        self.folder = Path(args.resume or args.run_dir or f"runs/{args.name}")
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
         try:
             self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
         except FileExistsError:  # another run began in this second
@@ -935,21 +937,19 @@ class Run:
             self.folder.mkdir()
         except OSError as error:
             fail(f"cannot create {self.folder}: {error.strerror}")
-        command = saved["command"] if saved else shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        typed = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
         self.about = {
-            "env_id": args.env_id, "script": SCRIPT, "command": command,
+            "env_id": args.env_id, "script": SCRIPT, "command": saved.get("command") if saved else typed,
             "args": vars(args) | {"run_dir": None, "resume": None},  # folders say nothing on another machine
-            "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+            "versions": {"python": sys.version.split()[0], "jax": jax.__version__, "flax": flax.__version__,
                          "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}}
-        write_json(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
+        write_atomic(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
-        begin = {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0, "wandb_id": secrets.token_hex(4)}
-        self.logged = saved["logged"] if saved else begin
+        self.logged = dict(saved["logged"] if saved else BEGIN)
         self.batch_size, self.began, self.compiled = args.batch_size, time.time() - self.logged["seconds"], None
-        self.file = open(self.folder / "progress.csv", "a+", newline="")
-        self.file.seek(0)
-        self.sent = max(map(int, re.findall(r"^(\d+),.*\n", self.file.read(), re.MULTILINE)), default=0)
-        self.file.truncate(min(self.file.tell(), self.logged["bytes"]))
+        self.file = open(self.folder / "progress.csv", "a", newline="")
+        self.file.seek(self.file.truncate(min(self.file.tell(), self.logged["bytes"])))
+        # Not by SummaryWriter, whose thread would wait for ever where the disk is full
         self.events = EventsWriter(str(self.folder / "events"), f".{os.getpid()}")
         self.events.write_event(Event(step=self.logged["step"] + 1, session_log=SessionLog(status=SessionLog.START)))
         self.tracker = None
@@ -959,8 +959,11 @@ class Run:
 
                 self.tracker = wandb.init(
                     project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
-                    config=vars(args), id=self.logged["wandb_id"], resume="allow")
-            self.tracker.define_metric("*", step_metric="global_step")
+                    config=vars(args), id=self.logged.get("wandb_id"), resume="allow")
+                self.logged["wandb_id"] = self.tracker.id
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Log the update that ended at this environment step; the speed leaves out the first, which compiles."""
@@ -970,7 +973,7 @@ class Run:
         sps = steps / elapsed if steps else self.logged["SPS"] or step / seconds
         row = {"global_step": step, "seconds": round(seconds, 3), "charts/SPS": sps} | metrics
         table = csv.DictWriter(self.file, list(row))
-        if self.file.seek(0, os.SEEK_END) == 0:
+        if self.file.tell() == 0:
             table.writeheader()
         table.writerow(row)
         self.file.flush()
@@ -978,8 +981,8 @@ class Run:
         for name, value in finite.items():
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
         self.events.flush()
-        if self.tracker is not None and step > self.sent:  # rows that were sent before a crash are not sent twice
-            self.tracker.log(finite)
+        if self.tracker is not None:
+            self.tracker.log(finite, step=step, commit=True)  # a step that W&B has had before a crash, it leaves out
         self.logged |= {"bytes": self.file.tell(), "step": step, "SPS": sps, "seconds": seconds}
 
     def save(self, updates: int, state: TrainState, finished: deque) -> None:
@@ -991,6 +994,19 @@ class Run:
         for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
             old.unlink()
 
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Take SIGINT or SIGTERM: an update ends and is saved, all else stops at once; so does all at a second one."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.signal = number
+        if self.file.closed:  # nothing is learned any more
+            self.stop()
+
+    def stop(self) -> NoReturn:
+        """End the program for the signal that came."""
+        print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {self.folder}", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
+
     def close(self) -> None:
         """Close all files."""
         self.file.close()
@@ -999,9 +1015,9 @@ class Run:
             self.tracker.finish()
 
 
-def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str]:
-    """Read a run's newest whole checkpoint: flags, all else, arrays, which it is; end the program if there is none."""
-    check, problems = partial(check_type, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS), ""
+def load_checkpoint(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read a run's newest whole checkpoint: what it says, and its arrays; end the program if there is none."""
+    problems = ""
     for path in sorted(Path(folder).glob("checkpoint_*.safetensors"), reverse=True):
         try:
             about, arrays = read_file(path)
@@ -1011,35 +1027,12 @@ def load_checkpoint(folder: str) -> tuple[Args, dict, dict[str, np.ndarray], str
         if about.get("script") != SCRIPT:
             fail(f"{folder} is a run of {about.get('script')}.py; go on with that script")
         with checked(f"{folder} was made by another version of {SCRIPT}.py"):
-            flags = {name: tuple(x) if isinstance(x, list) else x for name, x in about["args"].items()}
-            for field in dataclasses.fields(Args):
-                check(flags[field.name], field.type)
-            logged, finished = about["logged"], about["finished"]
-            counts = check([about["updates"], logged["bytes"], logged["step"]], list[int])
-            figures = check([logged["SPS"], logged["seconds"], *finished], list[float])
-            if not all(0 <= n < 10**15 for n in counts) or not np.isfinite(np.array(figures, float)).all():
-                raise ValueError(f"{counts} and {figures[:2]} are no counts and times of a run")
-            check([logged["wandb_id"], about["command"]], list[str])
-            return Args(**flags), about, arrays, f"{problems}going on from {path}"
+            known = about["logged"] | {"updates": about["updates"]}
+            for name, begin in (BEGIN | {"updates": 0}).items():
+                if not isinstance(known[name], int | type(begin)) or not 0 <= known[name] < 10**15:
+                    raise ValueError(f"its {name} is {known[name]}")
+        return about | {"note": f"{problems}going on from {path}"}, arrays
     fail(f"{problems}{folder} holds no checkpoint to go on from")
-
-
-def on_signal(act: Callable[[int], None]) -> None:
-    """Call act(number) at the first SIGINT or SIGTERM; a second one ends the program at once."""
-
-    def handle(number, frame):
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        act(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-
-
-def stop(folder: Path, number: int) -> NoReturn:
-    """End the program for the signal of this number."""
-    print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {folder}", file=sys.stderr)
-    raise SystemExit(128 + number)
 
 
 # ======================================================================================================================
@@ -1095,17 +1088,6 @@ def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> Non
             raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
 
 
-def resume(args: Args) -> tuple[dict, dict[str, np.ndarray]]:
-    """Read the checkpoint that --resume names; end the program where a flag contradicts the run's."""
-    flags, saved, arrays, note = load_checkpoint(args.resume)
-    for name, value in vars(flags).items():
-        if name not in RESUMABLE and getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
-    if args.total_timesteps < flags.total_timesteps:
-        fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {flags.total_timesteps}")
-    return saved | {"note": note}, arrays
-
-
 def finish(
     args: Args, run: Run, networks: Networks, state: TrainState, variant: dict, shape: tuple
 ) -> dict[str, float]:
@@ -1119,9 +1101,8 @@ def finish(
     network = args.network._asdict()
     model = {"role": "teacher", "network": network, "action_dim": networks.policy.action_dim,
              "observation_shape": shape, "variant": variant, "evaluation": result}
-    arrays = state.params | ({} if state.obs_stats is None else {"obs_stats": state.obs_stats})
-    save_file(run.folder / "teacher.safetensors", run.about | model, arrays)
-    write_json(run.folder / "results.json", run.about | {"network": network} | numbers | {"teacher": result})
+    save_file(run.folder / "teacher.safetensors", run.about | model, state.params | {"obs_stats": state.obs_stats})
+    write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"teacher": result})
     levels = f"; {result['train_levels']['mean']:,.1f} on training levels" if "train_levels" in result else ""
     print(f"{'teacher':<18} {result['mean']:>10,.1f} ± {result['std']:,.1f} "
           f"({args.eval_episodes} episodes, {result['games']} of them different{levels})")
@@ -1138,7 +1119,7 @@ def main(args: Args) -> dict[str, float]:
         jax.config.update("jax_num_cpu_devices", args.num_devices or count_cores())
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    saved, arrays = resume(args) if args.resume else (None, {})
+    saved, arrays = load_checkpoint(args.resume) if args.resume else (None, {})
     args = resolve(args)
     variant = {name: getattr(args, name) for name in VARIANTS[suite_of(args.env_id)]}
 
@@ -1153,19 +1134,17 @@ def main(args: Args) -> dict[str, float]:
     if saved:
         with checked(f"{args.resume} holds no state of this run"):
             state = fill(state, arrays, "state")
+            cursor.finished.extend(map(float, saved["finished"]))
         state = state._replace(discounted=jnp.zeros(args.num_envs))  # its episodes are gone with the simulator
-        cursor.finished.extend(saved["finished"])
+        print(saved["note"], file=sys.stderr)
     state = jax.device_put(state, replicated(args.num_devices))  # as `update` returns it, or that would compile twice
 
-    run, signals = Run(args, saved), []
-    if saved:
-        print(saved["note"], file=sys.stderr)
+    run = Run(args, saved)
     bar = trange(first + 1, args.num_updates + 1, initial=first, total=args.num_updates, desc=args.env_id,
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
         if not saved:
             run.save(0, state, cursor.finished)
-        on_signal(signals.append)
         for iteration in bar:
             # Collect
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, action_dim), states)
@@ -1184,14 +1163,13 @@ def main(args: Args) -> dict[str, float]:
             bar.set_postfix_str(f"return {episodic_return:.0f}", refresh=False)
 
             # Save
-            interrupted = bool(signals)
+            interrupted = run.signal is not None
             if interrupted or iteration % args.checkpoint_every == 0 or iteration == args.num_updates:
                 run.save(iteration, state, cursor.finished)
             if interrupted:
-                stop(run.folder, signals[0])
-    on_signal(partial(stop, run.folder))
-    if signals:  # one that came while the last checkpoint was saved
-        stop(run.folder, signals[0])
+                run.stop()
+    if run.signal is not None:  # it came while the last checkpoint was saved
+        run.stop()
     envs.close()
     return finish(args, run, networks, state, variant, shape)
 

@@ -1,7 +1,7 @@
 """What goes wrong on the way: signals at any time, damaged checkpoints, a full disk, no power, numbers that are not finite.
 
 What test_shared_blocks.py holds to be one text is tried with one script: `write_atomic`, `save_file`, `read_file`,
-`load_checkpoint`, `Run` and `on_signal` with ppd_mujoco.py. ppd_gymnax.py has its own `Run` and loop, train_teacher.py no
+`load_checkpoint` and `Run` with ppd_mujoco.py. ppd_gymnax.py has its own `Run` and loop, train_teacher.py no
 teacher, student_distill.py rows and checkpoints at different updates: each is tried where that matters.
 """
 
@@ -197,7 +197,7 @@ def test_a_row_cut_in_half_is_dropped(m, run, gymnax_run, tmp_path):
     for left in (whole + b"38", whole + b"384,1.2", whole + b"384,1.2,3\r", whole + whole.splitlines()[-1], whole, whole[:20]):
         table.write_bytes(left)
         args = m.parse_args(["--resume", str(folder)])
-        m.Run(args, m.resume(args)[0]).close()
+        m.Run(args, m.load_checkpoint(args.resume)[0]).close()
         assert table.read_bytes() == left[:len(whole)]
 
 
@@ -247,7 +247,7 @@ def test_a_full_disk_ends_the_run_in_one_line(m, size, tiny_teacher, tmp_path):
     done = updates(folder)
     assert len(done) == 2 and done[0] < done[1]
     if m is ppd_mujoco:
-        args = m.load_checkpoint(folder)[1]["args"] | {"total_timesteps": 64 * (done[1] + 3)}  # the rest would take long
+        args = m.load_checkpoint(folder)[0]["args"] | {"total_timesteps": 64 * (done[1] + 3)}  # the rest would take long
         about, arrays = m.read_file(checkpoints(folder)[-1])
         m.save_file(checkpoints(folder)[-1], about | {"args": args}, arrays)
         go_on(m, folder)
@@ -368,10 +368,10 @@ def test_no_seed_reaches_2_to_the_31(m, env_id, tmp_path, monkeypatch):
     monkeypatch.setattr(m.import_envpool(), "make_gymnasium", make)
     variant = {"contact_forces": True, "frame_skip": 4, "repeat_action_probability": 0.0, "start_level": 0, "num_levels": 200}
     if m is not train_teacher:
+        variant = {name: variant[name] for name in getattr(m, "VARIANT", variant)}
         teacher = SimpleNamespace(about={"env_id": env_id, "variant": variant}, policy=None, params={}, frozen=None)
         teacher.frozen = m.Frozen({}, None) if hasattr(m, "Frozen") else None
-        monkeypatch.setattr(m, "find_teacher", lambda args: ())
-        monkeypatch.setattr(m, "make_teacher", lambda *args: teacher)
+        monkeypatch.setattr(m, "load_teacher", lambda *args: teacher)
         monkeypatch.setattr(m, "corrupt", lambda params, *args: params)
     args = small(m, env_id, tmp_path / "none", seed=highest, total_timesteps=10**12)
     with pytest.raises(Made):
@@ -381,7 +381,7 @@ def test_no_seed_reaches_2_to_the_31(m, env_id, tmp_path, monkeypatch):
     folder.mkdir()
     m.save_file(folder / "checkpoint_000000000000.safetensors", {
         "script": m.__name__, "command": "", "args": vars(args) | {"run_dir": None}, "updates": 10**9 // 4, "finished": [], "teacher": {},
-        "logged": {"bytes": 0, "step": 0, "SPS": 0.0, "seconds": 0.0, "wandb_id": ""}}, {})
+        "logged": m.BEGIN}, {})
     with pytest.raises(Made):
         go_on(m, folder)
     assert seeds[0] == highest + 4 and len(seeds) == 3 and max(seeds) < 2**31 and min(seeds) > 0

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import envpool
@@ -297,7 +298,7 @@ def test_a_run_can_be_extended(m, whole, finished, tmp_path, monkeypatch):
     go_on(m, folder, "--total-timesteps", more)
     assert steps(folder) == (list(range(400, 1001, 400)) + [1000, 1200, 1600] if m in BASELINES else list(range(64, more + 1, 64)))
     assert without_timing(folder)[:len(before)] == before or not whole
-    assert m.load_checkpoint(folder)[1]["updates"] * size == more
+    assert m.load_checkpoint(folder)[0]["updates"] * size == more
     assert json.loads((folder / "results.json").read_text())["args"]["total_timesteps"] == more
     assert json.loads((folder / "args.json").read_text())["total_timesteps"] == more
 
@@ -307,9 +308,10 @@ def test_two_runs_that_begin_in_the_same_second(m, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(m.time, "time", lambda: 1.5)
     args = m.resolve(m.Args(env_id="Hopper-v4" if m is ppd_mujoco else "CartPole-v1"))
+    name = f"{args.env_id}__{m.__name__}__larger__100__1"
     runs = [m.Run(args, None) for _ in range(2)]
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert names == [args.name, f"{args.name}_{os.getpid()}"] == [run.folder.name for run in runs]
+    assert names == [name, f"{name}_{os.getpid()}"] == [run.folder.name for run in runs]
     for run in runs:
         run.close()
         assert {path.name.split(".")[0] for path in run.folder.iterdir()} == {"args", "progress", "tfevents" if m is ppd_gymnax else "events"}
@@ -327,24 +329,42 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tiny_teacher, monkeyp
     monkeypatch.setattr(m, "collect", spoiled)
     with pytest.raises(SystemExit, match=r"update 2 gave losses/\w+ = nan; the last good state is in .*run"):
         m.main(small(m, "Hopper-v4", tmp_path / "run", teacher=str(tiny_teacher), checkpoint_every=1))
-    assert m.load_checkpoint(tmp_path / "run")[1]["updates"] == 1 and len(rows(tmp_path / "run")) == 1
+    assert m.load_checkpoint(tmp_path / "run")[0]["updates"] == 1 and len(rows(tmp_path / "run")) == 1
 
 
 class Tracker:
-    """What the scripts use of Weights & Biases, which needs an account."""
+    """What the scripts use of Weights & Biases, which needs an account.
 
-    Error = ValueError
+    As there, rows of a run have growing steps: one whose step is not above the last is left out, also when the run goes on.
+    """
 
     def __init__(self):
-        self.rows, self.about, self.finished = [], [], 0
-        self.log = self.rows.append
+        self.runs, self.about, self.ignored, self.finished = {}, [], [], 0
 
     def init(self, **about):
+        assert about["resume"] == "allow"
+        self.id = about["id"] or f"made{len(self.runs)}"
+        self.runs.setdefault(self.id, {})
         self.about.append(about)
         return self
 
     def define_metric(self, name, step_metric):
         assert (name, step_metric) == ("*", "global_step")
+
+    def log(self, row, step, commit):
+        assert commit  # or it would wait for the next step, and a kill would lose it
+        if step <= max(self.rows_by_step, default=-1):
+            self.ignored.append(step)
+        else:
+            self.rows_by_step[step] = row
+
+    @property
+    def rows_by_step(self):
+        return self.runs[self.id]
+
+    @property
+    def rows(self):
+        return list(self.rows_by_step.values())
 
     def finish(self):
         self.finished += 1
@@ -361,24 +381,44 @@ def tracker(monkeypatch):
 def test_tracking_gets_what_progress_csv_gets(tmp_path, tiny_teacher, tracker):
     ppd_mujoco.main(small(ppd_mujoco, "Hopper-v4", tmp_path / "run", teacher=str(tiny_teacher), track=True))
     about, = tracker.about
-    assert tracker.finished == 1 and about["name"] == "run" and re.fullmatch("[0-9a-f]{8}", about["id"])
+    assert tracker.finished == 1 and about["name"] == "run" and about["id"] is None  # W&B makes one
     assert about["config"]["env_id"] == "Hopper-v4"
     written = [{k: float(v) for k, v in row.items() if v != "nan"} for row in rows(tmp_path / "run")]
     assert tracker.rows == written and len(written) == 3
 
 
+class Killed(BaseException):
+    """In place of SIGKILL."""
+
+
 @pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax])
-def test_tracking_gets_no_row_twice(m, tmp_path, tiny_teacher, tracker):
-    """Of a run that was killed after its last row but before the checkpoint of that row, and goes on from the one before."""
-    folder = tmp_path / "run"
-    m.main(small_gymnax(folder, track=True, num_parts=4) if m is ppd_gymnax else small(
-        m, "Hopper-v4", folder, teacher=str(tiny_teacher), total_timesteps=6 * 64, checkpoint_every=2, track=True))
-    complete = list(tracker.rows)
-    checkpoints(folder)[-1].unlink()
+def test_tracking_gets_no_row_twice(m, tmp_path, tiny_teacher, tracker, monkeypatch):
+    """Of a run that is killed three rows after its checkpoint, goes on from there, and is killed again before it has another one."""
+    flags = {"track": True} | ({"num_parts": 4} if m is ppd_gymnax else {
+        "teacher": str(tiny_teacher), "total_timesteps": 9 * 64, "checkpoint_every": 4})
+    make = small_gymnax if m is ppd_gymnax else partial(small, m, "Hopper-v4")
+    m.main(make(tmp_path / "whole", **flags))
+    whole, log, save, logged = tracker.rows_by_step, m.Run.log, m.Run.save, []
+
+    def killing(*args):
+        log(*args)
+        logged.append(None)
+        if len(logged) in (7, 10):
+            raise Killed
+
+    folder = tmp_path / "killed"
+    monkeypatch.setattr(m.Run, "log", killing)
+    monkeypatch.setattr(m.Run, "save", lambda *args: save(*args) if len(logged) in (0, 4) else None)
+    with pytest.raises(Killed):
+        m.main(make(folder, **flags))
+    with pytest.raises(Killed):
+        go_on(m, folder)
     go_on(m, folder)
-    assert len({about["id"] for about in tracker.about}) == 1 and len(tracker.about) == 2
-    assert len(rows(folder)) == len(complete)
-    assert [row["global_step"] for row in tracker.rows] == [row["global_step"] for row in complete]
+    ids = [about["id"] for about in tracker.about]
+    assert ids == [None, None, tracker.id, tracker.id] and len(tracker.runs) == 2
+    assert tracker.ignored == list(whole)[4:7] * 2 and list(tracker.rows_by_step) == list(whole)
+    assert [row["global_step"] for row in tracker.rows] == [row["global_step"] for row in whole.values()]
+    assert len(rows(folder)) == len(rows(tmp_path / "whole")) == len(whole)
 
 
 # Imperfect teachers ----------------------------------------------------------------------------------------------------
@@ -391,7 +431,7 @@ def test_distill_coef_goes_linearly_to_its_end():
 
 
 def test_a_corrupted_teacher_is_reproducible_and_noisy_everywhere(tiny_teacher, tmp_path):
-    params = ppd_mujoco.make_teacher(*ppd_mujoco.read_file(tiny_teacher), "").frozen.params
+    params = ppd_mujoco.load_teacher(ppd_mujoco.Args(teacher=str(tiny_teacher))).frozen.params
     a, b, c = (jax.tree.leaves(ppd_mujoco.corrupt(params, 0.05, seed)) for seed in (0, 0, 1))
     noise = np.concatenate([np.ravel(x - y) for x, y in zip(a, jax.tree.leaves(params), strict=True)])
     assert (noise != 0).all() and abs(noise.std() - 0.05) < 0.01 and abs(noise.mean()) < 0.01
@@ -437,7 +477,7 @@ def test_imperfect_teachers_everywhere(m, env_id, tmp_path, teachers, monkeypatc
 def test_evaluation_counts_the_first_episode_of_each_environment(m, env_id, teachers):
     """The same games played one by one, each alone, give the same returns; envpool seeds environment i with seed + i."""
     if env_id == "Hopper-v4":
-        found = m.load_policy(str(teachers(env_id)))[1:] if m is evaluate else m.make_teacher(*m.read_file(teachers(env_id)), "")[2:]
+        found = m.load_policy(str(teachers(env_id)))[1:] if m is evaluate else m.load_teacher(m.Args(teacher=str(teachers(env_id))))[2:]
         policy, frozen = found
         policy_step = lambda x, t: m.act_deterministic(policy, frozen.params, frozen.obs_stats, x)  # noqa: E731
     else:

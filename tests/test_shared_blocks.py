@@ -22,8 +22,8 @@ SCRIPTS = list(LETTERS.values())
 
 # Blocks that differ: groups of scripts that share one text, one letter a script; a script in no group has its own
 DIFFERENT = {
-    "": ("OBSERVATION_SHAPE", "check_task", "main"),
-    "SD": ("Args", "RANGES", "find_teacher", "finish", "make_teacher"),
+    "": ("OBSERVATION_SHAPE", "VARIANT", "main"),
+    "SD": ("Args", "RANGES", "finish", "load_teacher"),
     "AP": ("act", "ppd_loss"),
     "TSD": ("assess",),
     "SDE": ("task_shape",),
@@ -35,8 +35,8 @@ DIFFERENT = {
     "TSD AP": ("Cursor", "NETWORKS", "Network", "Policy", "Rollout", "Value", "draw_noise", "torso"),
     "TSDE AP": ("distribution", "reset"),
     # ppd_gymnax.py has no phantoms, and trains many runs at once
-    "TMAPSDE": ("RESUMABLE", "check_finite", "collect", "compute_gae", "discount_forward", "distill_coef_at", "distill_loss", "evaluate",
-                "load_checkpoint", "make_optimizer", "over_devices", "replicated", "resume", "standardize", "update_stats"),
+    "TMAPSDE": ("BEGIN", "RESUMABLE", "check_finite", "collect", "compute_gae", "discount_forward", "distill_coef_at", "distill_loss", "evaluate",
+                "make_optimizer", "over_devices", "replicated", "standardize", "update_stats"),
 }
 GROUPS = {name: [{LETTERS[letter] for letter in group} for group in groups.split()] for groups, names in DIFFERENT.items() for name in names}
 # Flags whose default, and with it the docstring, is each script's own
