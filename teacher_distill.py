@@ -1029,6 +1029,20 @@ def corrupt(params: dict, std: float, seed: int) -> dict:
     return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
 
 
+def warn_if_slow(args: Args, policy: Policy, params: dict, observations: np.ndarray) -> None:
+    """Say at once if learning from images will take hours, as there is no GPU: at 5e10 operations a second and core.
+
+    params: of the policy, whose passes and the value's cost the same; observations: [N, ...], of any task.
+    """
+    if jax.default_backend() != "cpu" or observations.dtype != np.uint8:
+        return
+    operations = jax.jit(policy.apply).lower(params, observations[:1]).cost_analysis()["flops"]
+    passes = 3 + 6  # acting, the teacher twice; gradients cost 3 each
+    hours = args.total_timesteps * passes * operations / (5e10 * args.num_devices) / 3600
+    if hours > 3:
+        print(f"without a GPU this takes about {hours:.0f} hours; try --student-size smaller", file=sys.stderr)
+
+
 def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> None:
     """End the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
     for name, value in metrics.items():
@@ -1086,6 +1100,7 @@ def main(args: Args) -> dict[str, float]:
             state = fill(state, arrays, "state")
             cursor.finished.extend(map(float, saved["finished"]))
         print(saved["note"], file=sys.stderr)
+    warn_if_slow(args, networks.policy, state.params["policy"], cursor.observations)
     state = jax.device_put(state, replicated(args.num_devices))  # as `update` returns it, or that would compile twice
 
     run, since = Run(args, saved), []

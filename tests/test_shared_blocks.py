@@ -28,7 +28,7 @@ DIFFERENT = {
     "TSD": ("assess",),
     "SDE": ("task_shape",),
     "TSDE": ("Frozen", "act_deterministic", "make_envs", "normalize", "step"),
-    "AP SD": ("Batch", "Teacher", "init_state", "resolve", "update"),
+    "AP SD": ("warn_if_slow", "Batch", "Teacher", "init_state", "resolve", "update"),
     "MAP SD": ("Networks", "TrainState"),
     "MAPSD": ("Run",),  # they save their teachers
     "MG AP": ("ppd_terms",),
