@@ -4,10 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint benchmark clean
+FILM := runs/demo-pixels-$(shell date +%s)
+
+.PHONY: demo demo-pixels test lint benchmark clean
 
 demo: $(VENV)/installed  ## distil the shipped Hopper teacher into a larger student, in minutes
 	$(RUN) ppd_mujoco.py --env-id Hopper-v4 --student-size larger --total-timesteps 300000
+
+demo-pixels: $(VENV)/installed  ## distil the shipped coinrun teacher into a student of the same size, and film it
+	$(RUN) ppd_procgen.py --env-id CoinrunEasy-v0 --student-size smaller --total-timesteps 200000 --run-dir $(FILM)
+	$(RUN) evaluate.py $(FILM)/student.safetensors --episodes 20 --video $(FILM)/coinrun.gif
 
 test: $(VENV)/installed-dev lint  ## lint, then every test
 	$(RUN) -m pytest -n 2 --dist worksteal

@@ -1,6 +1,6 @@
 """Proximal Policy Distillation (PPD) on Procgen: a student learns by PPO from its experience, pulled to its teacher.
 
-    python ppd_procgen.py --teacher runs/.../teacher.safetensors --student-size larger
+    python ppd_procgen.py --env-id CoinrunEasy-v0 --student-size smaller
 
 Each iteration collects a rollout with the student, estimates advantages A, and over epochs of shuffled minibatches
 

@@ -106,7 +106,7 @@ BAD = [
     (ppd_atari, "--teacher {x}/infinite", "is no model of an Atari task"),
     (ppd_atari, "--teacher {x}/short", "cannot read {x}/short: "),
     (ppd_procgen, "--env-id Coinrun-v0", "unknown Procgen task Coinrun-v0; did you mean Coinrun"),
-    (ppd_procgen, "", "train a teacher by `python train_teacher.py --env-id CoinrunEasy-v0`"),
+    (ppd_procgen, "--env-id JumperEasy-v0", "train a teacher by `python train_teacher.py --env-id JumperEasy-v0`"),
     (ppd_procgen, "--teacher {a}", "{a} is no model of a Procgen task"),
     (ppd_procgen, "--teacher {x}/flipped", "cannot read {x}/flipped: it is damaged: its checksum does not match"),
     (student_distill, "--env-id Hoper-v4", "unknown task Hoper-v4; did you mean Hopper-v"),
