@@ -340,8 +340,9 @@ def main(args: Args) -> dict[str, dict[str, float]]:
     if args.json:
         from importlib.metadata import version
 
-        words = " ".join(word for word in sys.argv[1:] if "/" not in word)
-        about = {"command": f"python benchmark/speed.py {words}", "cores": os.cpu_count(),
+        command = f"python benchmark/speed.py --case {' '.join(args.case)} --rounds {args.rounds}"
+        command += " --reference FOLDER" if args.reference else ""
+        about = {"command": command, "cores": os.cpu_count(),
                  "versions": {name: version(name) for name in ("jax", "flax", "envpool")}}
         Path(args.json).write_text(json.dumps(about | {"speed": medians, "rounds": rounds}, indent=2) + "\n")
     return medians

@@ -30,6 +30,11 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
     if "medians" in result:  # benchmark/speed.py
         figures = [f"{result['medians']['script']:,.0f}", f"{result['medians']['share']:.0%}"]
         lines = rows(re.search(r"--script (\w+)", result["command"])[1] if "--script" in result["command"] else "ppd_mujoco")
+    elif "speed" in result:  # benchmark/speed.py
+        for name, found in result["speed"].items():
+            figures = [f"{found['script']:,.0f}", f"{found['share']:.0%}", f"{found['reference']:,.0f}", f"{found['ratio']:.2f}"]
+            assert any(all(f"| {figure} |" in line for figure in figures) for line in rows(f"| {name} |")), (name, figures)
+        return
     elif "results" in result:  # ppd_gymnax.py
         found = result["results"]["teacher"]
         figures, lines = [f"{found['mean']:.1f} ± {found['interval']:.1f}"], rows(f"--env-id {result['env_id']} ")
