@@ -35,6 +35,9 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
             figures = [f"{found['script']:,.0f}", f"{found['share']:.0%}", f"{found['reference']:,.0f}", f"{found['ratio']:.2f}"]
             assert any(all(f"| {figure} |" in line for figure in figures) for line in rows(f"| {name} |")), (name, figures)
         return
+    elif "overlap" in result:  # benchmark/overlap.py
+        assert all(f"| {figure:,.0f} µs |" in rows(f"| {name} |")[0] for name, figure in result["overlap"].items())
+        return
     elif "results" in result:  # ppd_gymnax.py
         found = result["results"]["teacher"]
         figures, lines = [f"{found['mean']:.1f} ± {found['interval']:.1f}"], rows(f"--env-id {result['env_id']} ")
@@ -56,7 +59,8 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
         return
     else:
         whom = ("student", "teacher") if "student" in result else ("teacher",)
-        figures = [f"{result[name]['mean']:,.0f} ± {result[name]['std']:,.0f}" for name in whom]
+        digits = 1 if result["teacher"]["mean"] < 100 else 0
+        figures = [f"{result[name]['mean']:,.{digits}f} ± {result[name]['std']:,.{digits}f}" for name in whom]
         figures += [f"{result['ratio']:.3f}"] if "ratio" in result else []
         lines = rows(result["env_id"])
     assert any(all(figure in line for figure in figures) for line in lines), figures
