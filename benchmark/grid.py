@@ -197,8 +197,8 @@ def command(run: Run, args: Args) -> list[str]:
     if run.experiment == "cpu-teachers":
         words += CPU_TEACHER
     if run.method != "ppo":
-        size, *rest = run.size.split("-")
-        words += ["--teacher", teacher_path(run, args), "--student-size", size, *(CPU_SIZES[run.size] if rest else ())]
+        size = run.size.partition("-")[0]
+        words += ["--teacher", teacher_path(run, args), "--student-size", size, *CPU_SIZES.get(run.size, ())]
         imperfect = run.experiment.endswith("imperfect")
         if run.suite == "gymnax" or imperfect:
             words += ["--teacher-noise-std", str(NOISE_STD if imperfect else 0.0)]

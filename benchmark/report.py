@@ -132,11 +132,8 @@ def returns(rows: pd.DataFrame, player: str, split: str = "") -> str:
 
 def standard_error(rows: pd.DataFrame, player: str, split: str = "") -> str:
     """Of the mean return of a single run over its episodes, as a cell."""
-    name = f"{player}_{split}"
-    if rows.empty:
-        return ""
-    games = rows[f"{name}games"].fillna(rows.episodes) if f"{name}games" in rows else rows.episodes
-    return number((rows[f"{name}std"] / games**0.5).iloc[0], rows[f"{name}mean"].iloc[0])
+    found = scores_at(rows, player, split)
+    return number(found[1], found[0]) if found else ""
 
 
 def number(value: float, size: float | None = None) -> str:
@@ -264,12 +261,12 @@ def cpu_table(runs: pd.DataFrame, suite: str) -> str:
     table = []
     groups = runs.groupby(["task", "size", "experiment", "seed"])
     for ((task, size, experiment, _), rows), (label, split) in itertools.product(groups, levels.items()):
-        corrupted = ["corrupted_teacher"] if experiment == "cpu-imperfect" else []
         taught = scores_at(rows[:1], "teacher", split)
-        cells = [scores_at(rows[:1], player, split, taught) for player in corrupted]
-        cells += [scores_at(rows[rows.method == name], "student", split, taught) for name in METHODS]
+        imperfect = experiment == "cpu-imperfect"
+        corrupted = scores_at(rows[:1], "corrupted_teacher", split, taught) if imperfect else ()
+        students = [scores_at(rows[rows.method == name], "student", split, taught) for name in METHODS]
         units = f"{size.partition('-')[2] or 64} units"
-        table.append([task, label, units, cell_of(taught), *map(cell_of, cells if corrupted else [(), *cells])])
+        table.append([task, label, units, *map(cell_of, (taught, corrupted, *students))])
     return markdown(["task", "levels", "students", "teacher", "corrupted teacher", *METHODS], table)
 
 
