@@ -656,7 +656,7 @@ def over_devices(num_devices: int) -> Callable:
 
 def part_size(network: Network, num_rows: int) -> int:
     """Return how many of so many rows go through a network at a time, a divisor; on a CPU images must fit the cache."""
-    most = {"nature": 16, "impala": 4}.get(network.kind, num_rows) if jax.default_backend() == "cpu" else 512
+    most = {"nature": 16, "impala": 1}.get(network.kind, num_rows) if jax.default_backend() == "cpu" else 512
     return max(n for n in range(1, min(most, num_rows) + 1) if num_rows % n == 0)
 
 

@@ -4,19 +4,25 @@
     python benchmark/speed_gymnax.py --num-seeds 1 8 64 --num-envs 64       # what a GPU has room for
 
 PPO and PPD train the same networks on rollouts of the same size, in turn within one process, and only after both are
-compiled; medians over rounds. What PPD costs is the median over rounds of its time over PPO's.
+compiled; medians over rounds. What PPD costs is the median over rounds of its time over PPO's. With --purejaxrl its PPO
+takes its turn too, where there is one seed: same environments, widths of networks, rollouts, epochs and minibatches.
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock, patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +47,8 @@ class Args:
     """about how long one measurement takes"""
     device: str = "auto"
     """where it runs: auto, cpu or gpu"""
+    purejaxrl: str | None = None
+    """folder of a checkout of PureJaxRL, whose PPO is measured beside ours with one seed"""
     json: str | None = None
     """also write the figures to this file"""
 
@@ -67,19 +75,62 @@ def trainer(args: m.Args, taught: bool):
     return run
 
 
+def make_as_before(env_id: str, make: Callable = gymnax.make):
+    """An environment of gymnax with the `step` of its first versions, which PureJaxRL expects, and its parameters."""
+    env, params = make(env_id)
+    new_step = env.step
+
+    def step(key: jax.Array, state: Any, action: jax.Array, params: Any):
+        obs, state, reward, terminated, truncated, _ = new_step(key, state, action, params)
+        return obs, state, reward, terminated | truncated, {}
+
+    env.step = step
+    return env, params
+
+
+def purejaxrl(folder: str, flags: m.Args):
+    """A function of the number of updates that trains PureJaxRL's PPO for so many, and returns the time it took."""
+    for unused in ("brax", "brax.envs", "brax.envs.wrappers", "brax.envs.wrappers.training", "navix"):
+        sys.modules.setdefault(unused, MagicMock())  # what its wrappers of other suites import
+    sys.path.insert(0, str(Path(folder) / "purejaxrl"))
+    ppo = importlib.import_module("ppo")
+    compiled = {}
+
+    def run(updates: int) -> float:
+        if updates not in compiled:
+            config = {"LR": flags.learning_rate, "NUM_ENVS": flags.num_envs, "NUM_STEPS": flags.num_steps,
+                      "TOTAL_TIMESTEPS": updates * flags.batch_size, "UPDATE_EPOCHS": flags.update_epochs,
+                      "NUM_MINIBATCHES": flags.num_minibatches, "GAMMA": flags.gamma, "GAE_LAMBDA": flags.gae_lambda,
+                      "CLIP_EPS": flags.clip_coef, "ENT_COEF": flags.ent_coef, "VF_COEF": flags.vf_coef,
+                      "MAX_GRAD_NORM": flags.max_grad_norm, "ACTIVATION": "relu", "ENV_NAME": flags.env_id,
+                      "ANNEAL_LR": False}
+            with patch.object(ppo.gymnax, "make", make_as_before):
+                compiled[updates] = jax.jit(ppo.make_train(config)).lower(jax.random.key(0)).compile()
+        began = time.perf_counter()
+        jax.block_until_ready(compiled[updates](jax.random.key(0)))
+        return time.perf_counter() - began
+
+    return run
+
+
 def measure(args: Args, env_id: str, num_seeds: int) -> dict[str, float]:
-    """Medians of steps per second with PPO and with PPD, and of what PPD costs in time."""
+    """Medians of steps per second with PPO and with PPD, and of what PPD costs in time; PureJaxRL's beside them."""
     flags = m.Args(env_id=env_id, num_seeds=num_seeds, num_envs=args.num_envs, method="ppo", device=args.device)
     flags = m.teacher_args(m.resolve(flags))
     runs, updates = {"PPO": trainer(flags, False), "PPD": trainer(flags, True)}, 2
+    if args.purejaxrl and num_seeds == 1:
+        runs["PureJaxRL"] = purejaxrl(args.purejaxrl, flags)
     runs["PPO"](updates)  # compiles
     updates = max(1, round(updates * args.seconds / runs["PPO"](updates)))
     for run in runs.values():
         run(updates)
     times = np.array([[run(updates) for run in runs.values()] for _ in range(args.rounds)])
     steps = updates * flags.batch_size * num_seeds
-    medians = np.median(steps / times, axis=0)
-    return {"PPO": medians[0], "PPD": medians[1], "cost": float(np.median(times[:, 1] / times[:, 0])) - 1}
+    found = dict(zip(runs, np.median(steps / times, axis=0).tolist(), strict=True))
+    found["cost"] = float(np.median(times[:, 1] / times[:, 0])) - 1
+    if "PureJaxRL" in runs:
+        found["ratio"] = float(np.median(times[:, 2] / times[:, 0]))
+    return found
 
 
 def main(args: Args) -> dict[str, dict[str, float]]:
@@ -88,8 +139,10 @@ def main(args: Args) -> dict[str, dict[str, float]]:
     found = {f"{env_id}, {seeds} seed{'s' * (seeds > 1)}": measure(args, env_id, seeds)
              for env_id in args.env_id for seeds in args.num_seeds}
     for name, medians in found.items():
+        theirs = (f"   PureJaxRL {medians['PureJaxRL']:>9,.0f} steps/s, ours is {medians['ratio']:.2f} times as fast"
+                  if "PureJaxRL" in medians else "")
         print(f"{name:<32} PPO {medians['PPO']:>9,.0f} steps/s   PPD {medians['PPD']:>9,.0f} steps/s   "
-              f"{medians['cost']:+.0%} time")
+              f"{medians['cost']:+.0%} time{theirs}")
     if args.json:
         about = {"command": " ".join(["python benchmark/speed_gymnax.py", *sys.argv[1:]]),
                  "versions": {name: version(name) for name in ("jax", "flax", "gymnax")},

@@ -426,7 +426,7 @@ def test_the_mean_gradient_is_that_of_the_whole_minibatch(kind, num_devices):
     weights = jnp.asarray(rng.random(batch) < 0.7, jnp.float32)
     samples = m.Batch(jnp.asarray(x), weights, (teacher, 0 * teacher) if kind == "mlp" else teacher, jnp.asarray(rng.normal(size=batch), jnp.float32))
     indices = jnp.asarray(rng.permutation(batch)[:48])
-    assert m.part_size(network, 48 // num_devices) == {"nature": 12, "impala": 4, "mlp": 24}[kind]
+    assert m.part_size(network, 48 // num_devices) == {"nature": 12, "impala": 1, "mlp": 24}[kind]
 
     def loss_fn(params, part):
         outputs = policy.apply(params["policy"], part.observations)
