@@ -145,8 +145,17 @@ class Args:
     """weight of the distillation term (the paper's λ); 0 is PPO; several values are as many students of each seed"""
     distill_coef_final: float | None = None
     """weight at the end of the run, reached linearly; by default λ stays constant"""
+    distill_coef_decay: Literal["none", "return"] = "none"
+    """return: λ falls as the student's return rises, to 0 at the teacher's (Agarwal et al. 2022)"""
+    pbt_interval: int | None = None
+    """parts after which, of each seed's students of several λ, the worst takes parameters and λ of the best, and 0.8 or
+    1.25 times that λ (population based training, as in Schmitt et al. 2018)"""
     distill_weight: Literal["ratio", "detached"] = "ratio"
     """factor of the KL divergence, max(r, 1-ε): with its gradient, the paper's, or without"""
+    distill_future_coef: float = 0.0
+    """weight of a reward of -λ KL in the state that an action leads to (β); 0 is the paper's"""
+    teacher_mean_clip: bool = False
+    """clip the mean of the teacher's actions to their bounds, beyond which all actions are the same"""
     kl_direction: Literal["forward", "reverse"] = "forward"
     """KL(teacher || student), the paper's, or KL(student || teacher)"""
 
@@ -240,9 +249,12 @@ RANGES = {
     "num_seeds": (1, 10**5), "teacher_noise_seed": (0, 10**9 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1.0),
     "gae_lambda": (0, 1.0), "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "teacher_ent_coef": (0, 1e6),
     "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
-    "teacher_noise_std": (0, 1e6), "student_hidden": (1, 65_536),
+    "distill_future_coef": (0, 1e6), "pbt_interval": (1, 10**6), "teacher_noise_std": (0, 1e6),
+    "student_hidden": (1, 65_536),
 }
 MAX_LAYERS = 64
+OF_PPD = ("distill_coef", "distill_coef_final", "distill_coef_decay", "pbt_interval", "distill_weight",
+          "distill_future_coef", "teacher_mean_clip")  # flags of its distillation term
 RESUMABLE = ("resume", "device", "eval_episodes", "track", "wandb_project_name",
              "wandb_entity")  # flags that may change when a run goes on
 
@@ -297,9 +309,15 @@ def resolve(args: Args) -> Args:
         fail("--distill-coef takes one number or more")
     if args.method == "ppo" and args.teacher:
         fail("--method ppo trains teachers; with --teacher there is nothing left to do")
-    own = (args.distill_coef, args.distill_coef_final, args.distill_weight)
-    if args.method != "ppd" and own != ((1.0,), None, "ratio"):
-        fail(f"--distill-coef and --distill-weight are of PPD's term; {args.method} has none")
+    own = [name for name in OF_PPD if getattr(args, name) != getattr(Args(), name)]
+    if args.method != "ppd" and own:
+        fail(f"--{own[0].replace('_', '-')} is of PPD's term; {args.method} has none")
+    if args.distill_coef_final is not None and args.distill_coef_decay != "none":
+        fail("--distill-coef-final and --distill-coef-decay exclude each other")
+    if args.pbt_interval and len(args.distill_coef) < 2:
+        fail("--pbt-interval needs a population: two numbers or more for --distill-coef")
+    if args.teacher_mean_clip and not make_env(args.env_id)[0].action_space(make_env(args.env_id)[1]).shape:
+        fail(f"--teacher-mean-clip is for continuous actions; those of {args.env_id} are not")
     if args.cnn and not is_grid(args.env_id):
         fail(f"--cnn is for MinAtar; {args.env_id} has states")
     if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
@@ -321,9 +339,9 @@ def resolve(args: Args) -> Args:
 def teacher_args(args: Args) -> Args:
     """Return the flags of the teachers' training: PPO is PPD with λ = 0 and no teacher."""
     return dataclasses.replace(
-        args, method="ppd", student_size="same", student_hidden=None, distill_coef=(0.0,), distill_coef_final=None,
-        distill_weight="ratio", total_timesteps=args.teacher_timesteps, ent_coef=args.teacher_ent_coef,
-        num_envs=args.teacher_num_envs, num_steps=args.teacher_num_steps)
+        args, method="ppd", student_size="same", student_hidden=None, total_timesteps=args.teacher_timesteps,
+        ent_coef=args.teacher_ent_coef, num_envs=args.teacher_num_envs, num_steps=args.teacher_num_steps,
+        **{name: getattr(Args(), name) for name in OF_PPD} | {"distill_coef": (0.0,)})
 
 
 # ======================================================================================================================
@@ -560,6 +578,12 @@ class Batch(NamedTuple):
     advantages: jax.Array  # [B]
     returns: jax.Array  # [B]
     teacher: Any  # PPD: the teacher policy's outputs, [B, A] (each)
+    future: jax.Array | None = None  # PPD: [B], returns of the rewards for the KL divergence ahead
+
+
+def divergence(teacher: distrax.Distribution, pi: distrax.Distribution, kl_direction: str) -> jax.Array:
+    """Return KL(teacher || pi), forward, or KL(pi || teacher), reverse, in closed form."""
+    return teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)
 
 
 def ppd_terms(
@@ -573,7 +597,7 @@ def ppd_terms(
     log_ratio = pi.log_prob(sample.actions) - sample.log_probs
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
-    kl = teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)  # PPD
+    kl = divergence(teacher, pi, kl_direction)  # PPD
     weight = jnp.maximum(ratio, 1.0 - clip_coef)  # PPD: the paper's has a gradient, which flows through both factors
     weight = jax.lax.stop_gradient(weight) if distill_weight == "detached" else weight
     return {
@@ -614,7 +638,7 @@ def distill_loss(
     outputs, teacher_outputs: of the two policies, [B, A] (each); values, teacher_values: [B].
     """
     pi, teacher = distribution(outputs), distribution(teacher_outputs)
-    kl = teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)
+    kl = divergence(teacher, pi, kl_direction)
     terms = {"teacher_kl": kl.mean(), "entropy": pi.entropy().mean(),
              "value_loss": ((values - teacher_values) ** 2).mean()}
     loss = terms["teacher_kl"] - ent_coef * terms["entropy"] + vf_coef * terms["value_loss"]
@@ -652,6 +676,8 @@ class TrainState(NamedTuple):
     discounted: jax.Array  # [N]: discounted return of each running episode
     world: World
     key: jax.Array
+    distill_coef: jax.Array  # λ of this run
+    recent: jax.Array  # mean return of the episodes of the last part that had any
 
 
 def make_networks(env_id: str, network: Network, teacher: Networks | None = None) -> Networks:
@@ -676,11 +702,14 @@ def init_state(args: Args, networks: Networks, seed: int) -> TrainState:
     key, policy_key, value_key, reset_key = jax.random.split(key, 4)
     x = jnp.zeros((1, observation_dim(args.env_id)))
     params = {"policy": networks.policy.init(policy_key, x), "value": networks.value.init(value_key, x)}
+    if args.distill_future_coef:  # PPD: values of the KL divergence ahead
+        params["future"] = networks.value.init(jax.random.fold_in(value_key, 1), x)
     obs_stats = None if is_grid(args.env_id) else Stats(jnp.zeros_like(x[0]), jnp.ones_like(x[0]), jnp.float32(1e-4))
     return_stats = Stats(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-4))
     world = jax.jit(reset, static_argnums=(0, 1))(args.env_id, args.num_envs, reset_key)
     opt_state = make_optimizer(args).init(params)
-    return TrainState(params, opt_state, obs_stats, return_stats, jnp.zeros(args.num_envs), world, key)
+    zero = jnp.float32(0.0)
+    return TrainState(params, opt_state, obs_stats, return_stats, jnp.zeros(args.num_envs), world, key, zero, zero)
 
 
 def stack(trees: list) -> Any:
@@ -727,6 +756,16 @@ def gradient_step(args: Args, loss_fn: Callable, params: dict, opt_state: optax.
     return (params, opt_state), metrics
 
 
+def teach(args: Args, networks: Networks, teacher: Frozen, observations: jax.Array) -> Any:
+    """Return the teacher policy's outputs, [..., A] (each), for normalised observations [..., D]."""
+    outputs = networks.teacher.apply(teacher.params["policy"], observations)
+    if args.teacher_mean_clip:
+        env, params = make_env(args.env_id)
+        space = env.action_space(params)
+        return jnp.clip(outputs[0], space.low, space.high), outputs[1]
+    return outputs
+
+
 def learn_ppd(
     args: Args, networks: Networks, teacher: Frozen | None, state: TrainState, rollout: Rollout, distill_coef: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -736,21 +775,32 @@ def learn_ppd(
     # The parameters are still those of the rollout, so its values and log-probabilities are one batched call
     observations = normalize(rollout.observations, state.obs_stats)
     values = networks.value.apply(state.params["value"], observations)
-    next_values = networks.value.apply(state.params["value"], normalize(rollout.final_observations, state.obs_stats))
+    next_observations = normalize(rollout.final_observations, state.obs_stats)
+    next_values = networks.value.apply(state.params["value"], next_observations)
     outputs = networks.policy.apply(state.params["policy"], observations)
     log_probs = distribution(outputs).log_prob(rollout.actions)
     if teacher is None:
         distill_coef = None  # PPO; the policy of the rollout stands in for its teacher, and XLA drops what is unused
     else:
-        outputs = networks.teacher.apply(teacher.params["policy"], observations)  # PPD: once a rollout, for all epochs
+        outputs = teach(args, networks, teacher, observations)  # PPD: once a rollout, for all epochs
 
     discounted, sums = discount_forward(rollout.rewards, dones, state.discounted, args.gamma)
     return_stats = update_stats(state.return_stats, sums.reshape(-1))
     rewards = jnp.clip(rollout.rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
     advantages, returns = compute_gae(
         rewards, values, next_values, rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda)
+    future = None
+    if args.distill_future_coef:  # PPD: the later KL divergence that an action leads to is a reward with its own values
+        pi = distribution(networks.policy.apply(state.params["policy"], next_observations))
+        kl = divergence(distribution(teach(args, networks, teacher, next_observations)), pi, args.kl_direction)
+        rewards = -args.distill_future_coef * distill_coef * kl * (1.0 - rollout.terminations)
+        values, next_values = (
+            networks.value.apply(state.params["future"], x) for x in (observations, next_observations))
+        ahead, future = compute_gae(
+            rewards, values, next_values, rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda)
+        advantages += ahead
 
-    batch = Batch(observations, rollout.actions, log_probs, advantages, returns, outputs)
+    batch = Batch(observations, rollout.actions, log_probs, advantages, returns, outputs, future)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
 
     def train_minibatch(carry, indices):
@@ -760,8 +810,13 @@ def learn_ppd(
         def loss_fn(params):
             outputs = networks.policy.apply(params["policy"], minibatch.observations)
             values = networks.value.apply(params["value"], minibatch.observations)
-            return ppd_loss(outputs, values, minibatch, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
-                            args.kl_direction, args.distill_weight)
+            loss, metrics = ppd_loss(outputs, values, minibatch, distill_coef, args.clip_coef, args.ent_coef,
+                                     args.vf_coef, args.kl_direction, args.distill_weight)
+            if args.distill_future_coef:  # PPD
+                errors = networks.value.apply(params["future"], minibatch.observations) - minibatch.future
+                metrics["future_loss"] = (errors**2).mean()
+                loss += args.vf_coef * metrics["future_loss"]
+            return loss, metrics
 
         return gradient_step(args, loss_fn, *carry)
 
@@ -775,7 +830,8 @@ def learn_ppd(
     obs_stats = state.obs_stats
     if teacher is None and obs_stats is not None:
         obs_stats = update_stats(obs_stats, rollout.observations.reshape(args.batch_size, -1))
-    state = TrainState(params, opt_state, obs_stats, return_stats, discounted, state.world, key)
+    state = state._replace(params=params, opt_state=opt_state, obs_stats=obs_stats, return_stats=return_stats,
+                           discounted=discounted, key=key)
     if teacher is None:
         del metrics["distill_loss"], metrics["teacher_kl"]
     return state, jax.tree.map(jnp.mean, metrics)
@@ -853,6 +909,25 @@ def train(
     return side_by_side(one_run, teacher, state, distill_coefs)
 
 
+@partial(jax.jit, static_argnames=("args", "filled"))
+def exploit(args: Args, filled: tuple[int, ...], state: TrainState, part: int) -> TrainState:
+    """Let each seed's worst student go on from its best, with a λ near that of the best (population based training).
+
+    state: [R], the students of all seeds under the first λ, then all under the next, and what fills the devices.
+    """
+    num_seeds, num_coefs = args.num_seeds, len(args.distill_coef)
+    seeds, returns = jnp.arange(num_seeds), state.recent[: num_coefs * num_seeds].reshape(num_coefs, num_seeds)
+    best, worst = returns.argmax(0), returns.argmin(0)
+    parents = jnp.arange(num_coefs * num_seeds).at[worst * num_seeds + seeds].set(best * num_seeds + seeds)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(args.seed + seed), part))(seeds)
+    factors = jnp.where(jax.vmap(jax.random.bernoulli)(keys), 1.25, 0.8)
+    factors = jnp.ones(len(parents)).at[worst * num_seeds + seeds].set(jnp.where(best == worst, 1.0, factors))
+    parent, factors = pick(state, parents[jnp.array(filled)]), factors[jnp.array(filled)]
+    state = state._replace(params=parent.params, opt_state=parent.opt_state, return_stats=parent.return_stats,
+                           distill_coef=parent.distill_coef * factors)
+    return jax.lax.with_sharding_constraint(state, over_devices(len(filled)))
+
+
 # ======================================================================================================================
 # Files
 # ======================================================================================================================
@@ -863,9 +938,10 @@ PHASES = ("teacher", "student")
 BEGIN = {"bytes": 0, "rows": 0, "teacher_step": 0, "student_step": 0, "teacher_SPS": 0.0, "student_SPS": 0.0,
          "seconds": 0.0}  # what is known of the rows of progress.csv
 # Of progress.csv; a teacher's training has no distillation losses, the baselines no PPO's, and their cells stay empty
-COLUMNS = ["phase", "seed", "distill_coef", "global_step", "seconds", "charts/SPS", "charts/episodic_return"] + [
+COLUMNS = ["phase", "seed", "distill_coef", "global_step", "seconds", "charts/SPS", "charts/episodic_return",
+           "charts/distill_coef"] + [
     f"losses/{name}" for name in ("loss", "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac",
-                                  "distill_loss", "teacher_kl", "grad_norm", "param_norm")]
+                                  "distill_loss", "teacher_kl", "future_loss", "grad_norm", "param_norm")]
 
 
 def write_atomic(path: Path, content: bytes | dict) -> None:
@@ -1236,10 +1312,15 @@ def imperfect(args: Args, teacher: Frozen | None) -> Frozen | None:
     return teacher._replace(params=teacher.params | {"policy": stack(policies)})
 
 
-def distill_coef_at(args: Args, distill_coef: float | np.ndarray, fraction: np.ndarray) -> np.ndarray:
-    """Return λ at these fractions of the run, from 0 at its first update to 1 at its last: constant, or linear."""
+def distill_coef_at(args: Args, distill_coef: jax.Array, fraction: np.ndarray, reached: jax.Array) -> jax.Array:
+    """Return λ at these fractions of the run, from 0 at its first update to 1 at its last: constant, linear or falling.
+
+    reached: the student's recent return, as a fraction of its teacher's.
+    """
+    if args.distill_coef_decay == "return":
+        return distill_coef * jnp.clip(1.0 - reached, 0.0, 1.0) * np.ones_like(fraction)
     final = distill_coef if args.distill_coef_final is None else args.distill_coef_final
-    return distill_coef + fraction * (final - distill_coef)
+    return distill_coef + fraction.astype(np.float32) * (final - distill_coef)
 
 
 def check_finite(metrics: dict[str, np.ndarray], place: str, folder: Path) -> None:
@@ -1286,7 +1367,8 @@ def fit(
         state = stack([init_state(args, networks, seed) for seed in seeds])
         if teacher is not None:
             state = state._replace(obs_stats=teacher.obs_stats)
-        start = 0, pick(jax.device_get(state), of_seeds)
+        state = pick(jax.device_get(state), of_seeds)
+        start = 0, state._replace(distill_coef=np.repeat(np.float32(args.distill_coef), args.num_seeds))
     first, learned = start
     if run.logged["rows"] == 0:
         run.save(phase, 0, networks, learned, teacher)
@@ -1295,7 +1377,11 @@ def fit(
     taught = pick(jax.device_get(imperfect(args, teacher)), of_seeds)
     state, taught = pick(jax.device_get((learned, taught)), filled)
     state, taught = jax.device_put((state, taught), over_devices(len(filled)))
-    distill_coefs = np.repeat(args.distill_coef, args.num_seeds)[filled]
+    goals = np.ones(len(filled))
+    if args.distill_coef_decay == "return":
+        goals = np.array(assess(args, networks.teacher, teacher)["means"])[of_seeds[filled]]
+        if goals.min() <= 0:
+            fail(f"--distill-coef-decay return needs teachers of positive return; one of these has {goals.min():g}")
     part_steps = updates * args.batch_size * len(runs)
     bar = tqdm(total=args.parts * part_steps, initial=first * part_steps, desc=f"{args.env_id} {phase}", unit=" steps",
                unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 60.0)
@@ -1303,9 +1389,14 @@ def fit(
         for part in range(first + 1, args.parts + 1):
             # Learn
             fractions = np.arange((part - 1) * updates, part * updates) / max(1, args.parts * updates - 1)
-            coefs = jnp.asarray(distill_coef_at(args, distill_coefs[:, None], fractions), jnp.float32)  # PPD
-            state, metrics = train(args, networks, taught, state, coefs)
-            metrics = jax.device_get(wait(metrics))
+            reached = (state.recent / goals)[:, None]
+            coefs = distill_coef_at(args, state.distill_coef[:, None], fractions, reached)
+            state, metrics = train(args, networks, taught, state, coefs)  # PPD
+            returns = metrics["charts/episodic_return"]
+            state = state._replace(recent=jnp.where(jnp.isnan(returns), state.recent, returns))
+            if args.pbt_interval and part % args.pbt_interval == 0:
+                state = exploit(args, tuple(filled.tolist()), state, part)
+            metrics = jax.device_get(wait(metrics | {"charts/distill_coef": coefs.mean(1)}))
             check_finite(metrics, f"updates {(part - 1) * updates + 1} to {part * updates} of the {phase}", run.folder)
 
             # Log
@@ -1322,15 +1413,16 @@ def fit(
 
 
 def finish(args: Args, networks: Networks, teacher: Frozen, students: Frozen | None, run: Run) -> dict[str, float]:
-    """Evaluate teachers [S] and students [R] on the same games, write all files and print the outcome.
+    """Evaluate teachers [S] and students, [R] or with --pbt-interval [S], on the same games; write all files; print.
 
     Returns the means over seeds, the ratios, the seconds and the steps per second.
     """
     players = {"teacher": (networks.teacher, teacher)}
     if args.teacher_noise_std:
         players["corrupted_teacher"] = (networks.teacher, imperfect(args, teacher))
-    for i, distill_coef in enumerate(args.distill_coef if students else ()):
-        name = "student" if len(args.distill_coef) == 1 else f"student_{distill_coef:g}"
+    coefs = args.distill_coef[:1] if args.pbt_interval else args.distill_coef
+    for i, distill_coef in enumerate(coefs if students else ()):
+        name = "student" if len(coefs) == 1 else f"student_{distill_coef:g}"
         players[name] = (networks.policy, pick(students, slice(i * args.num_seeds, (i + 1) * args.num_seeds)))
     results = {name: assess(args, *player) for name, player in players.items()}
 
@@ -1382,6 +1474,9 @@ def main(args: Args) -> dict[str, float]:
         if args.method != "ppo":
             state = fit(args, networks, teacher, start, run)
             students = Frozen(state.params, state.obs_stats)
+            if args.pbt_interval:  # of each population the student whose return was the highest while it learned
+                best = state.recent.reshape(len(args.distill_coef), -1).argmax(0)
+                students = pick(students, best * args.num_seeds + np.arange(args.num_seeds))
     if run.signal is not None:  # it came after the last part
         run.stop()
     return finish(args, networks, teacher, students, run)

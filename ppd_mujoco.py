@@ -99,8 +99,14 @@ class Args:
     """weight of the distillation term (the paper's λ); 0 is PPO"""
     distill_coef_final: float | None = None
     """weight at the end of the run, reached linearly; by default λ stays constant"""
+    distill_coef_decay: Literal["none", "return"] = "none"
+    """return: λ falls as the student's return rises, to 0 at the teacher's (Agarwal et al. 2022)"""
     distill_weight: Literal["ratio", "detached"] = "ratio"
     """factor of the KL divergence, max(r, 1-ε): with its gradient, the paper's, or without"""
+    distill_future_coef: float = 0.0
+    """weight of a reward of -λ KL in the state that an action leads to (β); 0 is the paper's"""
+    teacher_mean_clip: bool = False
+    """clip the mean of the teacher's actions to their bounds, beyond which all actions are the same"""
     kl_direction: Literal["forward", "reverse"] = "forward"
     """KL(teacher || student), the paper's, or KL(student || teacher)"""
     teacher_noise_std: float = 0.0
@@ -172,7 +178,7 @@ RANGES = {
     "eval_episodes": (1, 10**5), "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1.0),
     "gae_lambda": (0, 1.0), "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6),
     "max_grad_norm": (1e-9, 1e9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
-    "teacher_noise_std": (0, 1e6), "student_hidden": (1, 65_536),
+    "distill_future_coef": (0, 1e6), "teacher_noise_std": (0, 1e6), "student_hidden": (1, 65_536),
 }
 MAX_LAYERS = 64
 RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
@@ -233,6 +239,8 @@ def resolve(args: Args) -> Args:
         args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if samples % n == 0))
     if args.num_devices > found or samples % args.num_devices:
         fail(f"--num-devices {args.num_devices} must divide {samples} samples, a minibatch; JAX finds {found} devices")
+    if args.distill_coef_final is not None and args.distill_coef_decay != "none":
+        fail("--distill-coef-final and --distill-coef-decay exclude each other")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -270,6 +278,12 @@ def task_shape(env_id: str) -> tuple[list[int], int]:
         fail(f"unknown MuJoCo task {env_id}; did you mean {', '.join(near)}?")
     spec = import_envpool().make_spec(env_id)
     return list(spec.gymnasium_observation_space.shape), int(spec.gymnasium_action_space.shape[0])
+
+
+def action_bounds(env_id: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the smallest and the largest actions, [A] each."""
+    space = import_envpool().make_spec(env_id).gymnasium_action_space
+    return space.low, space.high
 
 
 def make_envs(env_id: str, num_envs: int, seed: int, variant: dict) -> Any:
@@ -475,6 +489,12 @@ class Batch(NamedTuple):
     returns: jax.Array  # [B]
     weights: jax.Array  # [B]: 0 for a phantom transition, else 1
     teacher: Any  # PPD: the teacher policy's outputs, [B, A] each
+    future: jax.Array | None = None  # PPD: [B], returns of the rewards for the KL divergence ahead
+
+
+def divergence(teacher: distrax.Distribution, pi: distrax.Distribution, kl_direction: str) -> jax.Array:
+    """Return KL(teacher || pi), forward, or KL(pi || teacher), reverse, in closed form."""
+    return teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)
 
 
 def ppd_terms(
@@ -488,7 +508,7 @@ def ppd_terms(
     log_ratio = pi.log_prob(sample.actions) - sample.log_probs
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
-    kl = teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)  # PPD
+    kl = divergence(teacher, pi, kl_direction)  # PPD
     weight = jnp.maximum(ratio, 1.0 - clip_coef)  # PPD: the paper's has a gradient, which flows through both factors
     weight = jax.lax.stop_gradient(weight) if distill_weight == "detached" else weight
     return {
@@ -548,6 +568,7 @@ class Teacher(NamedTuple):
     arrays: dict[str, np.ndarray]
     policy: Policy
     frozen: Frozen
+    goal: float  # its mean return, where λ depends on that
 
 
 class TrainState(NamedTuple):
@@ -571,6 +592,8 @@ def init_state(args: Args, networks: Networks, observation_dim: int) -> TrainSta
     key, policy_key, value_key = jax.random.split(key, 3)
     x = jnp.zeros((1, observation_dim))
     params = {"policy": networks.policy.init(policy_key, x), "value": networks.value.init(value_key, x)}
+    if args.distill_future_coef:  # PPD: values of the KL divergence ahead
+        params["future"] = networks.value.init(jax.random.fold_in(value_key, 1), x)
     return_stats = Stats(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-4))
     return TrainState(params, make_optimizer(args).init(params), return_stats, jnp.zeros(args.num_envs), key)
 
@@ -626,22 +649,41 @@ def update(
     observations = normalize(rollout.observations, teacher.obs_stats)
     values = networks.value.apply(state.params["value"], observations)
     log_probs = distribution(networks.policy.apply(state.params["policy"], observations[:-1])).log_prob(rollout.actions)
-    teacher_outputs = networks.teacher.apply(teacher.params, observations[:-1])  # PPD: once a rollout, for all epochs
+
+    def apply_teacher(observations):  # PPD
+        mean, log_std = networks.teacher.apply(teacher.params, observations)
+        return jnp.clip(mean, *action_bounds(args.env_id)) if args.teacher_mean_clip else mean, log_std
+
+    teacher_outputs = apply_teacher(observations[:-1])  # PPD: once a rollout, for all epochs
 
     discounted, sums = discount_forward(rewards, dones, state.discounted, args.gamma)
     return_stats = update_stats(state.return_stats, sums.reshape(-1), weights.reshape(-1))
     rewards = jnp.clip(rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
     advantages, returns = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
+    future = None
+    if args.distill_future_coef:  # PPD: the later KL divergence that an action leads to is a reward with its own values
+        pi = distribution(networks.policy.apply(state.params["policy"], observations[1:]))
+        kl = divergence(distribution(apply_teacher(observations[1:])), pi, args.kl_direction)
+        rewards = -args.distill_future_coef * distill_coef * kl * (1.0 - terminations)
+        values = networks.value.apply(state.params["future"], observations)
+        ahead, future = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
+        advantages += ahead
 
-    batch = Batch(observations[:-1], rollout.actions, log_probs, advantages, returns, weights, teacher_outputs)
+    batch = Batch(
+        observations[:-1], rollout.actions, log_probs, advantages, returns, weights, teacher_outputs, future)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
     optimizer = make_optimizer(args)
 
     def loss_fn(params, samples):
         outputs = networks.policy.apply(params["policy"], samples.observations)
         values = networks.value.apply(params["value"], samples.observations)
-        return ppd_loss(outputs, values, samples, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
-                        args.kl_direction, args.distill_weight)
+        loss, metrics = ppd_loss(outputs, values, samples, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
+                                 args.kl_direction, args.distill_weight)
+        if args.distill_future_coef:  # PPD
+            errors = networks.value.apply(params["future"], samples.observations) - samples.future
+            metrics["future_loss"] = weighted_mean(errors**2, samples.weights)
+            loss += args.vf_coef * metrics["future_loss"]
+        return loss, metrics
 
     def add_up(params, part, total):  # on each device
         share, found = part.weights.sum() / total, jax.grad(loss_fn, has_aux=True)(params, part)
@@ -917,7 +959,10 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
         x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32)
         params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, "policy")
         stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, "obs_stats")
-    return Teacher(about, arrays, policy, Frozen(params, stats))
+        goal = math.inf if args.distill_coef_decay == "none" else float(about["evaluation"]["mean"])
+        if not goal > 0:
+            fail(f"--distill-coef-decay return needs a teacher of positive return; that of {path} is {goal}")
+    return Teacher(about, arrays, policy, Frozen(params, stats), goal)
 
 
 def corrupt(params: dict, std: float, seed: int) -> dict:
@@ -927,8 +972,13 @@ def corrupt(params: dict, std: float, seed: int) -> dict:
     return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
 
 
-def distill_coef_at(args: Args, fraction: float) -> float:
-    """Return λ at this fraction of the run, from 0 at its first update to 1 at its last: constant, or linear."""
+def distill_coef_at(args: Args, fraction: float, reached: float) -> float:
+    """Return λ at this fraction of the run, from 0 at its first update to 1 at its last: constant, linear, or falling.
+
+    reached: the student's recent return, as a fraction of its teacher's.
+    """
+    if args.distill_coef_decay == "return":
+        return args.distill_coef * float(np.clip(1.0 - reached, 0.0, 1.0))
     final = args.distill_coef if args.distill_coef_final is None else args.distill_coef_final
     return args.distill_coef + fraction * (final - args.distill_coef)
 
@@ -1001,9 +1051,10 @@ def main(args: Args) -> dict[str, float]:
             rollout = collect(envs, cursor, policy_step, args.num_steps)
 
             # Update
-            distill_coef = distill_coef_at(args, (iteration - 1) / max(1, args.num_updates - 1))  # PPD
+            reached = np.mean(cursor.finished) / teacher.goal if cursor.finished else 0.0
+            distill_coef = distill_coef_at(args, (iteration - 1) / max(1, args.num_updates - 1), reached)  # PPD
             state, metrics = update(args, networks, taught, state._replace(key=key), rollout, distill_coef)
-            metrics = {name: float(value) for name, value in metrics.items()}
+            metrics = {"charts/distill_coef": distill_coef} | {name: float(value) for name, value in metrics.items()}
             check_finite(metrics, iteration, run.folder)
 
             # Log

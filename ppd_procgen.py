@@ -122,8 +122,12 @@ class Args:
     """weight of the distillation term (the paper's λ); 0 is PPO"""
     distill_coef_final: float | None = None
     """weight at the end of the run, reached linearly; by default λ stays constant"""
+    distill_coef_decay: Literal["none", "return"] = "none"
+    """return: λ falls as the student's return rises, to 0 at the teacher's (Agarwal et al. 2022)"""
     distill_weight: Literal["ratio", "detached"] = "ratio"
     """factor of the KL divergence, max(r, 1-ε): with its gradient, the paper's, or without"""
+    distill_future_coef: float = 0.0
+    """weight of a reward of -λ KL in the state that an action leads to (β); 0 is the paper's"""
     kl_direction: Literal["forward", "reverse"] = "forward"
     """KL(teacher || student), the paper's, or KL(student || teacher)"""
     teacher_noise_std: float = 0.0
@@ -196,8 +200,8 @@ RANGES = {
     "eval_episodes": (1, 10**5), "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1.0),
     "gae_lambda": (0, 1.0), "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6),
     "max_grad_norm": (1e-9, 1e9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
-    "teacher_noise_std": (0, 1e6), "start_level": (0, 10**9), "num_levels": (1, 10**9), "student_channels": (1, 65_536),
-    "student_hidden": (1, 65_536),
+    "distill_future_coef": (0, 1e6), "teacher_noise_std": (0, 1e6), "start_level": (0, 10**9),
+    "num_levels": (1, 10**9), "student_channels": (1, 65_536), "student_hidden": (1, 65_536),
 }
 MAX_LAYERS = 64
 RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
@@ -257,6 +261,8 @@ def resolve(args: Args) -> Args:
     if args.num_devices > found or args.num_envs % args.num_devices or samples % args.num_devices:
         fail(f"--num-devices {args.num_devices} must divide {args.num_envs} environments and a minibatch of {samples} "
              f"samples; JAX finds {found} devices")
+    if args.distill_coef_final is not None and args.distill_coef_decay != "none":
+        fail("--distill-coef-final and --distill-coef-decay exclude each other")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -558,6 +564,12 @@ class Batch(NamedTuple):
     returns: jax.Array  # [B]
     weights: jax.Array  # [B]: 0 for a phantom transition, else 1
     teacher: jax.Array  # PPD: the teacher policy's logits, [B, A]
+    future: jax.Array | None = None  # PPD: [B], returns of the rewards for the KL divergence ahead
+
+
+def divergence(teacher: distrax.Distribution, pi: distrax.Distribution, kl_direction: str) -> jax.Array:
+    """Return KL(teacher || pi), forward, or KL(pi || teacher), reverse, in closed form."""
+    return teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)
 
 
 def ppd_terms(
@@ -571,7 +583,7 @@ def ppd_terms(
     log_ratio = pi.log_prob(sample.actions) - sample.log_probs
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
-    kl = teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)  # PPD
+    kl = divergence(teacher, pi, kl_direction)  # PPD
     weight = jnp.maximum(ratio, 1.0 - clip_coef)  # PPD: the paper's has a gradient, which flows through both factors
     weight = jax.lax.stop_gradient(weight) if distill_weight == "detached" else weight
     return {
@@ -624,6 +636,7 @@ class Teacher(NamedTuple):
     arrays: dict[str, np.ndarray]
     policy: Policy
     params: dict
+    goal: float  # its mean return, where λ depends on that
 
 
 class TrainState(NamedTuple):
@@ -647,6 +660,8 @@ def init_state(args: Args, networks: Networks) -> TrainState:
     key, policy_key, value_key = jax.random.split(key, 3)
     x = jnp.zeros((1, *OBSERVATION_SHAPE), jnp.uint8)
     params = {"policy": networks.policy.init(policy_key, x), "value": networks.value.init(value_key, x)}
+    if args.distill_future_coef:  # PPD: values of the KL divergence ahead
+        params["future"] = networks.value.init(jax.random.fold_in(value_key, 1), x)
     return_stats = Stats(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-4))
     return TrainState(params, make_optimizer(args).init(params), return_stats, jnp.zeros(args.num_envs), key)
 
@@ -751,16 +766,30 @@ def update(
     return_stats = update_stats(state.return_stats, sums.reshape(-1), weights.reshape(-1))
     rewards = jnp.clip(rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
     advantages, returns = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
+    future = None
+    if args.distill_future_coef:  # PPD: the later KL divergence that an action leads to is a reward with its own values
+        pi = distribution(apply(networks.policy, state.params["policy"], observations[1:]))
+        kl = divergence(distribution(apply(networks.teacher, teacher, observations[1:])), pi, args.kl_direction)
+        rewards = -args.distill_future_coef * distill_coef * kl * (1.0 - terminations)
+        values = apply(networks.value, state.params["future"], observations)
+        ahead, future = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
+        advantages += ahead
 
-    batch = Batch(observations[:-1], rollout.actions, log_probs, advantages, returns, weights, teacher_logits)
+    batch = Batch(
+        observations[:-1], rollout.actions, log_probs, advantages, returns, weights, teacher_logits, future)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
     optimizer = make_optimizer(args)
 
     def loss_fn(params, samples):
         outputs = networks.policy.apply(params["policy"], samples.observations)
         values = networks.value.apply(params["value"], samples.observations)
-        return ppd_loss(outputs, values, samples, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
-                        args.kl_direction, args.distill_weight)
+        loss, metrics = ppd_loss(outputs, values, samples, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
+                                 args.kl_direction, args.distill_weight)
+        if args.distill_future_coef:  # PPD
+            errors = networks.value.apply(params["future"], samples.observations) - samples.future
+            metrics["future_loss"] = weighted_mean(errors**2, samples.weights)
+            loss += args.vf_coef * metrics["future_loss"]
+        return loss, metrics
 
     def train_minibatch(carry, indices):
         params, opt_state = carry
@@ -1035,7 +1064,10 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
             fail(f"{path} is for observations and actions of {found}; those of {about['env_id']} are {needed}")
         x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.uint8)
         params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, "policy")
-    return Teacher(about | {"variant": variant}, arrays, policy, params)
+        goal = math.inf if args.distill_coef_decay == "none" else float(about["evaluation"]["train_levels"]["mean"])
+        if not goal > 0:
+            fail(f"--distill-coef-decay return needs a teacher of positive return; that of {path} is {goal}")
+    return Teacher(about | {"variant": variant}, arrays, policy, params, goal)
 
 
 def corrupt(params: dict, std: float, seed: int) -> dict:
@@ -1045,8 +1077,13 @@ def corrupt(params: dict, std: float, seed: int) -> dict:
     return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
 
 
-def distill_coef_at(args: Args, fraction: float) -> float:
-    """Return λ at this fraction of the run, from 0 at its first update to 1 at its last: constant, or linear."""
+def distill_coef_at(args: Args, fraction: float, reached: float) -> float:
+    """Return λ at this fraction of the run, from 0 at its first update to 1 at its last: constant, linear, or falling.
+
+    reached: the student's recent return, as a fraction of its teacher's.
+    """
+    if args.distill_coef_decay == "return":
+        return args.distill_coef * float(np.clip(1.0 - reached, 0.0, 1.0))
     final = args.distill_coef if args.distill_coef_final is None else args.distill_coef_final
     return args.distill_coef + fraction * (final - args.distill_coef)
 
@@ -1134,9 +1171,10 @@ def main(args: Args) -> dict[str, float]:
             rollout = collect(envs, cursor, policy_step, args.num_steps)
 
             # Update
-            distill_coef = distill_coef_at(args, (iteration - 1) / max(1, args.num_updates - 1))  # PPD
+            reached = np.mean(cursor.finished) / teacher.goal if cursor.finished else 0.0
+            distill_coef = distill_coef_at(args, (iteration - 1) / max(1, args.num_updates - 1), reached)  # PPD
             state, metrics = update(args, networks, taught, state._replace(key=key), rollout, distill_coef)
-            metrics = {name: float(value) for name, value in metrics.items()}
+            metrics = {"charts/distill_coef": distill_coef} | {name: float(value) for name, value in metrics.items()}
             check_finite(metrics, iteration, run.folder)
 
             # Log

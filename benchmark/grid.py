@@ -55,6 +55,10 @@ CPU_STUDENT = {"procgen": (), "atari": ("--total-timesteps", "1000000")}
 NOISE_STD = 0.05  # of imperfect teachers
 DISTILL_COEFS = (0.5, 2.0, 5.0)  # and 1, which larger students have anyway
 SEEDS = (100, 200, 300, 400, 500)
+# PPD with one thing changed, by name; the students of STUDENT_SEEDS all learn from the teachers of seed 100
+VARIANTS = {"ppd": (), "ppd-detached": ("--distill-weight", "detached"), "ppd-future": ("--distill-future-coef", "1"),
+            "ppd-mean-clip": ("--teacher-mean-clip",)}
+STUDENT_SEEDS = (100, 200, 300)
 
 # One run of gymnax learns all of its seeds, and all λ, side by side; λ = 0 is PPO: what a student learns by itself
 GYMNAX = ("--num-seeds", "5", "--teacher-timesteps", "1000000", "--total-timesteps", "200000")
@@ -67,7 +71,7 @@ MINIATURE = {
                                        "--total-timesteps", "40000", "--eval-episodes", "20")),
 }
 
-EXPERIMENTS = ("teachers", "methods", "imperfect", "lambda", "cpu-teachers", "cpu-methods", "cpu-imperfect")
+EXPERIMENTS = ("teachers", "methods", "imperfect", "lambda", "beyond", "cpu-teachers", "cpu-methods", "cpu-imperfect")
 
 
 class Run(NamedTuple):
@@ -92,7 +96,7 @@ class Run(NamedTuple):
         """The script that does it."""
         if self.suite == "gymnax":
             return "ppd_gymnax.py"
-        scripts = {"ppo": "train_teacher.py", "ppd": f"ppd_{self.suite}.py"}
+        scripts = {"ppo": "train_teacher.py"} | dict.fromkeys(VARIANTS, f"ppd_{self.suite}.py")
         return scripts.get(self.method, f"{self.method.replace('-', '_')}.py")
 
     @property
@@ -102,7 +106,8 @@ class Run(NamedTuple):
             return None
         if self.experiment.startswith("cpu"):
             return Run("cpu-teachers", self.suite, self.task, "ppo", "smaller", self.seed)
-        return Run("teachers", self.suite, self.task, "ppo", "same", self.seed)
+        seed = SEEDS[0] if self.experiment == "beyond" else self.seed
+        return Run("teachers", self.suite, self.task, "ppo", "same", seed)
 
 
 def experiments(suite: str) -> Iterator[Run]:
@@ -118,6 +123,11 @@ def experiments(suite: str) -> Iterator[Run]:
                 yield Run("lambda", suite, task, "ppd", "larger", seed)
             elif suite == "atari":
                 yield from (Run("lambda", suite, task, "ppd", "larger", seed, value) for value in DISTILL_COEFS)
+    if suite in ("mujoco", "gymnax"):
+        for seed in STUDENT_SEEDS if suite == "mujoco" else SEEDS[:1]:
+            yield from (Run("beyond", suite, task, method, size, seed) for task in TASKS[suite]
+                        for size in ("smaller", "larger") for method in VARIANTS
+                        if suite == "mujoco" or method != "ppd-mean-clip")
     for task in CPU_TASKS.get(suite, ()):
         sizes = tuple(CPU_SIZES)[: 2 if suite == "procgen" else 1]
         yield Run("cpu-teachers", suite, task, "ppo", "smaller", SEEDS[0])
@@ -131,15 +141,17 @@ class Args:
     """All flags of this program; a filter that is not given lets everything pass."""
 
     experiment: tuple[
-        Literal["teachers", "methods", "imperfect", "lambda", "cpu-teachers", "cpu-methods", "cpu-imperfect"], ...] = ()
-    """filter: teachers; every method and size; corrupted teachers; several λ; with cpu-, images at a scale that a CPU
-    can train"""
+        Literal["teachers", "methods", "imperfect", "lambda", "beyond", "cpu-teachers", "cpu-methods", "cpu-imperfect"],
+        ...] = ()
+    """filter: teachers; every method and size; corrupted teachers; several λ; PPD with a changed distillation term;
+    with cpu-, images at a scale that a CPU can train"""
     suite: tuple[Literal["atari", "mujoco", "procgen", "gymnax"], ...] = ()
     """filter"""
     task: tuple[str, ...] = ()
     """filter, by envpool's or gymnax's name"""
-    method: tuple[Literal["ppo", "ppd", "student-distill", "teacher-distill"], ...] = ()
-    """filter; ppo trains teachers"""
+    method: tuple[Literal["ppo", "ppd", "student-distill", "teacher-distill", "ppd-detached", "ppd-future",
+                          "ppd-mean-clip"], ...] = ()
+    """filter; ppo trains teachers; the last three are of the experiment beyond"""
     size: tuple[Literal["smaller", "same", "larger", "smaller-512"], ...] = ()
     """filter: the student's size"""
     seed: tuple[int, ...] = ()
@@ -178,14 +190,14 @@ def made_teacher(run: Run) -> Run | None:
 
     The shipped teachers of images are small ones, for the experiments at CPU scale alone.
     """
-    shipped = (ROOT / f"teachers/{run.task}__{run.seed}.safetensors").exists()
+    shipped = run.teacher and (ROOT / f"teachers/{run.task}__{run.teacher.seed}.safetensors").exists()
     return None if shipped and (run.suite == "mujoco" or run.experiment.startswith("cpu")) else run.teacher
 
 
 def teacher_path(run: Run, args: Args) -> str:
     """Where a student's teacher is or will be: shipped, or made by the grid; of gymnax, a folder with one a seed."""
     if made_teacher(run) is None:
-        return f"teachers/{run.task}__{run.seed}.safetensors"
+        return f"teachers/{run.task}__{run.teacher.seed}.safetensors"
     return str(args.folder / run.teacher.name) + ("" if run.suite == "gymnax" else "/teacher.safetensors")
 
 
@@ -193,7 +205,7 @@ def command(run: Run, args: Args) -> list[str]:
     """The command line of a run, from the start, for the repository's folder."""
     words = ["python", run.script, "--env-id", run.task, "--seed", str(run.seed)]
     if run.suite == "gymnax":
-        words += [*GYMNAX, "--method", run.method]
+        words += [*GYMNAX, "--method", "ppd" if run.method in VARIANTS else run.method]
     if run.experiment == "cpu-teachers":
         words += CPU_TEACHER
     if run.method != "ppo":
@@ -206,6 +218,7 @@ def command(run: Run, args: Args) -> list[str]:
                 words += ["--teacher-noise-seed", str(run.seed)]
         if run.experiment.startswith("cpu"):
             words += CPU_STUDENT[run.suite]
+    words += VARIANTS.get(run.method, ())
     if run.experiment == "lambda":
         values = GYMNAX_COEFS if run.distill_coef is None else (run.distill_coef,)
         words += ["--distill-coef", *(f"{value:g}" for value in values)]
@@ -448,7 +461,7 @@ def rows(run: Run, args: Args) -> list[dict[str, Any]]:
     about["steps_per_second"] = round(results["teacher_SPS" if run.method == "ppo" else "student_SPS"])
 
     table = []
-    coefs = [""] if run.method != "ppd" else flags["distill_coef"]
+    coefs = flags["distill_coef"] if run.method in VARIANTS else [""]
     for coef in coefs:
         for i in range(flags["num_seeds"]):
             row = about | {"seed": flags["seed"] + i, "distill_coef": coef}

@@ -28,6 +28,8 @@ import matplotlib.pyplot as plt  # noqa: E402 (it asks for a screen unless told 
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"teacher-distill": "td", "student-distill": "sd", "ppd": "ppd"}  # as the paper's tables order and call them
+# PPD with one thing changed, by the names of benchmark/grid.py
+VARIANTS = {"ppd": "the paper's", "ppd-detached": "detached", "ppd-future": "β = 1", "ppd-mean-clip": "mean clipped"}
 SIZES = ("smaller", "same", "larger")
 SUITES = {"atari": "Atari", "procgen": "Procgen", "mujoco": "MuJoCo", "gymnax": "MinAtar (gymnax)"}
 CURVE_FIGURES = {"atari": 6, "mujoco": 7, "procgen": 8}
@@ -50,7 +52,8 @@ def load(folder: Path) -> pd.DataFrame:
     if not tables:
         raise SystemExit(f"error: {folder} has no table of the grid: none of {', '.join(f'{x}.csv' for x in SUITES)}")
     runs = pd.concat(tables, ignore_index=True)
-    for (_, task, seed), means in runs.groupby(["suite", "task", "seed"]).teacher_mean:
+    own = runs[runs.experiment != "beyond"]  # whose students of all seeds have one teacher
+    for (_, task, seed), means in own.groupby(["suite", "task", "seed"]).teacher_mean:
         if means.max() - means.min() > 0.01 * means.abs().max():
             print(f"note: {task}, seed {seed}: rows of different teachers or machines, whose returns are "
                   f"{means.min():.1f} to {means.max():.1f}", file=sys.stderr)
@@ -303,6 +306,30 @@ def lambda_table(runs: pd.DataFrame, suite: str) -> str:
     return markdown(["λ", "geometric mean", "interquartile mean", *tasks], table)
 
 
+def beyond_table(runs: pd.DataFrame, suite: str) -> str:
+    """PPD with a changed term: fraction of the teacher's return, mean and half its 95% interval over seeds (by t).
+
+    The last line of each size is the geometric mean over tasks. A cell rests on as many seeds as its variant has.
+    """
+    runs = runs[(runs.experiment == "beyond") & (runs.suite == suite)]
+    names, table = [name for name in VARIANTS if name in set(runs.method)], []
+    for size, rows in sorted(runs.groupby("size"), reverse=True):
+        parts = {name: rows[rows.method == name] for name in names}
+        for task in sorted(rows.task.unique()):
+            found = [np.concatenate(fractions(each[each.task == task]) or [np.zeros(0)]) for each in parts.values()]
+            table.append([size, task, *map(interval_cell, found)])
+        table.append([size, "geometric mean", *(aggregate(each)["geometric"] for each in comparable(parts).values())])
+    return markdown(["students", "task", *(VARIANTS[name] for name in names)], table)
+
+
+def interval_cell(values: np.ndarray) -> str:
+    """The mean of a few seeds and half the width of its 95% confidence interval, as a cell."""
+    if len(values) < 2:
+        return "".join(f"{x:.2f}" for x in values)
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return f"{values.mean():.2f} ± {half:.2f}"
+
+
 # ======================================================================================================================
 # Figures
 # ======================================================================================================================
@@ -434,6 +461,10 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
             found[f"{suite}-lambda"] = (
                 f"{name}: larger students by PPD with several λ; "
                 f"returns: {spread(each[each.experiment == 'lambda'])}\n\n" + lambda_table(runs, suite))
+        if "beyond" in kinds:
+            found[f"{suite}-beyond"] = (
+                f"{name}: PPD with one thing changed, as a fraction of the teacher's return; mean and 95% interval "
+                "over seeds\n\n" + beyond_table(runs, suite))
         if kinds & {"cpu-methods", "cpu-imperfect"}:
             found[f"{suite}-cpu"] = (
                 f"{name} at CPU scale, {spread(each)}: returns ± standard error over games, and as a fraction of the "

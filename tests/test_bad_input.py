@@ -85,6 +85,14 @@ BAD = [
     (ppd_mujoco, "--teacher {t} --num-minibatches 5", "--num-minibatches 5 does not divide a rollout of 18 environments x 64"),
     (ppd_mujoco, "--teacher {t} --distill-coef -1", "--distill-coef must lie between 0 and"),
     (ppd_mujoco, "--teacher {t} --distill-coef-final -1", "--distill-coef-final must lie between 0 and"),
+    (ppd_mujoco, "--teacher {t} --distill-future-coef -1", "--distill-future-coef must lie between 0 and"),
+    (ppd_mujoco, "--teacher {t} --distill-coef-final 0 --distill-coef-decay return", "--distill-coef-final and --distill-coef-decay exclude each"),
+    (ppd_mujoco, "--teacher {x}/losing --distill-coef-decay return", "needs a teacher of positive return; that of {x}/losing is -3.0"),
+    (ppd_gymnax, "--distill-coef-final 0 --distill-coef-decay return", "--distill-coef-final and --distill-coef-decay exclude each other"),
+    (ppd_gymnax, "--pbt-interval 2", "--pbt-interval needs a population: two numbers or more for --distill-coef"),
+    (ppd_gymnax, "--distill-coef 1 2 --pbt-interval 0", "--pbt-interval must lie between 1 and"),
+    (ppd_gymnax, "--teacher-mean-clip", "--teacher-mean-clip is for continuous actions; those of Breakout-MinAtar are not"),
+    (ppd_gymnax, "--method teacher-distill --distill-future-coef 1", "--distill-future-coef is of PPD's term; teacher-distill has none"),
     (ppd_mujoco, "--teacher {t} --teacher-noise-std -1", "--teacher-noise-std must lie between 0 and"),
     (ppd_mujoco, "--teacher {t} --student-hidden 64 0", "--student-hidden must lie between 1 and 65536, not (64, 0)"),
     (ppd_mujoco, "--teacher {t} --student-hidden 1000000000000", "--student-hidden must lie between 1 and 65536"),
@@ -128,14 +136,14 @@ BAD = [
     (ppd_gymnax, "--num-seeds 0", "--num-seeds must lie between 1 and"),
     (ppd_gymnax, "--distill-coef 1 -1", "--distill-coef must lie between 0 and 1e+06, not (1.0, -1.0)"),
     (ppd_gymnax, "--distill-coef nan", "--distill-coef must lie between 0 and 1e+06, not (nan,)"),
-    (ppd_gymnax, "--method student-distill --distill-coef 2", "--distill-coef and --distill-weight are of PPD's term; student-distill has none"),
+    (ppd_gymnax, "--method student-distill --distill-coef 2", "--distill-coef is of PPD's term; student-distill has none"),
     (ppd_gymnax, "--env-id CartPole-v1 --cnn", "--cnn is for MinAtar; CartPole-v1 has states"),
     (ppd_gymnax, "--num-minibatches 7", "does not divide a rollout of 64 environments x 32 steps"),
     (ppd_gymnax, "--teacher-num-steps 3 --num-minibatches 256", "does not divide a teacher rollout of 64 environments x 3 steps"),
     (ppd_gymnax, "--student-hidden 8 0", "--student-hidden must lie between 1 and 65536, not (8, 0)"),
     (ppd_gymnax, "--student-hidden 70000", "--student-hidden must lie between 1 and 65536, not (70000,)"),
     (ppd_gymnax, "--method ppo --teacher {t}", "--method ppo trains teachers; with --teacher there is nothing left to do"),
-    (ppd_gymnax, "--method ppo --distill-coef 2", "--distill-coef and --distill-weight are of PPD's term; ppo has none"),
+    (ppd_gymnax, "--method ppo --distill-coef 2", "--distill-coef is of PPD's term; ppo has none"),
     (ppd_gymnax, "--teacher {x}", "cannot read {x}/teacher_100.safetensors: "),
     (ppd_gymnax, "--teacher-num-envs 0", "--teacher-num-envs must lie between 1 and"),
     (ppd_gymnax, "--num-parts 0", "--num-parts must lie between 1 and"),
@@ -190,6 +198,7 @@ def spoiled(tiny_teacher, tmp_path_factory):
     save("lacking", lacking=("obs_stats",))
     save("nameless", lacking=("env_id",))
     save("elsewhere", {"env_id": "Hopper-v1"})
+    save("losing", {"evaluation": about["evaluation"] | {"mean": -3.0}})
     save("infinite", arrays={name: np.full_like(x, np.inf) for name, x in arrays.items()})
     save("skipless", {"env_id": "Pong-v5", "variant": {"frame_skip": 0, "repeat_action_probability": 0.0}})
     save_checkpoint(m, folder / "whole", total_timesteps=1000, num_steps=256, ent_coef=0.0, eval_episodes=1, num_minibatches=1)

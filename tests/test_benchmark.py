@@ -46,7 +46,8 @@ def test_the_grid_is_the_papers():
     tasks, seeds = 11 + 4 + 4, 5
     count = {name: sum(run.experiment == name for run in paper) for name in grid.EXPERIMENTS}
     assert count == {"teachers": tasks * seeds, "methods": tasks * 3 * 3 * seeds, "imperfect": 8 * 3 * seeds, "lambda": 4 * 3 * seeds,  # λ = 1 is among the methods
-                     "cpu-teachers": 5, "cpu-methods": (4 * 2 + 1) * 3, "cpu-imperfect": 4 * 3}
+                     "cpu-teachers": 5, "cpu-methods": (4 * 2 + 1) * 3, "cpu-imperfect": 4 * 3,
+                     "beyond": 4 * 2 * 4 * 3}
     known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
     for suite, table in itertools.product(("atari", "mujoco", "procgen"), (5, 6)):
         named = set(known[(known.table == table) & (known.suite == suite)].env) - {"all"}
@@ -62,7 +63,7 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
         flags = SCRIPTS[words[1]].parse_args(words[2:])
         assert (flags.env_id, flags.seed) == (run.task, run.seed)
         if run.suite == "gymnax":
-            assert (flags.method, flags.num_seeds) == (run.method, 5)
+            assert (flags.method, flags.num_seeds) == ("ppd" if run.experiment == "beyond" else run.method, 5)
         if run.experiment == "cpu-teachers":
             assert flags.size == run.size
         if run.method != "ppo":
@@ -70,6 +71,9 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
             assert (flags.student_hidden == (512,)) == run.size.endswith("512")
             assert flags.teacher_noise_std == (0.05 if run.experiment.endswith("imperfect") else 0.0)
             assert run.script != "ppd_gymnax.py" or run.experiment != "lambda" or flags.distill_coef == (0, 0.5, 2, 5)
+        changed = (run.method == "ppd-detached", run.method == "ppd-future", run.method == "ppd-mean-clip")
+        assert run.script.partition("_")[0] != "ppd" or changed == (
+            flags.distill_weight == "detached", flags.distill_future_coef == 1.0, getattr(flags, "teacher_mean_clip", False))
         if run.distill_coef is not None:
             assert flags.distill_coef == run.distill_coef
     assert {grid.teacher_path(run, args) for run in all_runs() if run.task == "Hopper-v4" and run.seed == 100 and run.teacher} == {
@@ -81,12 +85,32 @@ def test_filters_choose_runs_and_the_teachers_they_lack(capsys):
     assert [(run.experiment, run.method) for run in chosen] == [("teachers", "ppo"), ("methods", "ppd")]
     chosen = grid.chosen(grid.Args(suite=("mujoco",), experiment=("methods",), task=("Hopper-v4",), seed=(100,)))
     assert len(chosen) == 9 and {run.experiment for run in chosen} == {"methods"}  # that teacher is shipped
-    grid.main(grid.Args(suite=("mujoco",), task=("Ant-v4",), size=("larger",), method=("ppd",), seed=(100, 200), dry_run=True))
+    grid.main(grid.Args(suite=("mujoco",), experiment=("methods",), task=("Ant-v4",), size=("larger",), method=("ppd",), seed=(100, 200), dry_run=True))
     lines = capsys.readouterr().out.splitlines()
     assert [shlex.split(line)[1] for line in lines] == ["train_teacher.py", "ppd_mujoco.py", "ppd_mujoco.py"]
     assert "--teacher runs/grid/teachers__Ant-v4__ppo__same__200/teacher.safetensors" in lines[2]
     with pytest.raises(SystemExit):
         grid.main(grid.Args(task=("Nothing-v0",)))
+
+
+def test_students_of_all_seeds_that_go_beyond_the_paper_have_one_teacher():
+    runs = grid.chosen(grid.Args(suite=("mujoco",), experiment=("beyond",), task=("Ant-v4",), size=("smaller",)))
+    assert [(run.method, run.seed) for run in runs] == [(name, seed) for seed in (100, 200, 300) for name in grid.VARIANTS]
+    assert {grid.teacher_path(run, grid.Args()) for run in runs} == {"teachers/Ant-v4__100.safetensors"}
+    assert set(grid.VARIANTS) == set(report.VARIANTS)
+
+
+def test_the_table_beyond_the_paper_by_hand():
+    """Three seeds of two tasks with teachers of return 100; one variant lacks a task, which its mean then leaves out for all."""
+    values = {("ppd", "A"): (50, 60, 70), ("ppd", "B"): (40, 40, 40), ("ppd-detached", "A"): (90, 90, 90)}
+    runs = pd.DataFrame([{"experiment": "beyond", "suite": "mujoco", "task": task, "method": method, "size": "smaller", "seed": seed,
+                          "teacher_mean": 100.0, "student_mean": value, "command": ""}
+                         for (method, task), found in values.items() for seed, value in zip((100, 200, 300), found, strict=True)])
+    half = 4.302653 * 0.1 / 3 ** 0.5
+    lines = report.beyond_table(runs, "mujoco").splitlines()
+    assert lines[0] == "| students | task | the paper's | detached |"
+    assert lines[2:4] == [f"| smaller | A | 0.60 ± {half:.2f} | 0.90 ± 0.00 |", "| smaller | B | 0.40 ± 0.00 |  |"]
+    assert lines[4].startswith("| smaller | geometric mean | 0.59 [0.") and lines[4].endswith(" | 0.90 [0.90, 0.90] |")
 
 
 def start_grid(folder, extra, *flags):

@@ -246,8 +246,57 @@ def test_several_lambdas_in_one_run_are_those_runs(tmp_path):
 
 def test_lambda_is_linear_over_the_run():
     args = m.Args(distill_coef=(2.0,), distill_coef_final=0.5)
-    np.testing.assert_allclose(m.distill_coef_at(args, 2.0, np.array([0.0, 0.5, 1.0])), [2.0, 1.25, 0.5])
-    np.testing.assert_allclose(m.distill_coef_at(m.Args(), 2.0, np.array([0.0, 1.0])), [2.0, 2.0])
+    np.testing.assert_allclose(m.distill_coef_at(args, 2.0, np.array([0.0, 0.5, 1.0]), 0.9), [2.0, 1.25, 0.5])
+    np.testing.assert_allclose(m.distill_coef_at(m.Args(), 2.0, np.array([0.0, 1.0]), 0.9), [2.0, 2.0])
+
+
+def test_lambda_falls_with_the_return(tmp_path):
+    """Of each run on its own; in a run, as the returns of the part before say."""
+    args = m.Args(distill_coef_decay="return")
+    found = m.distill_coef_at(args, jnp.array([[2.0], [2.0], [4.0]]), np.array([0.0, 0.5]), jnp.array([[-1.0], [0.25], [2.0]]))
+    np.testing.assert_allclose(found, [[2.0, 2.0], [1.5, 1.5], [0.0, 0.0]])
+    m.main(small(tmp_path / "run", distill_coef_decay="return", num_parts=3, eval_episodes=50))
+    goals = [each["mean"] for each in (m.read_file(tmp_path / f"run/teacher_{seed}.safetensors")[0]["evaluation"] for seed in (100, 101))]
+    learned = [row for row in rows(tmp_path / "run") if row["phase"] == "student"]
+    for i, goal in enumerate(goals):
+        first, second, third = learned[i::2]
+        assert float(first["charts/distill_coef"]) == 1.0
+        for row, before in ((second, first), (third, second)):
+            expected = np.clip(1 - float(before["charts/episodic_return"]) / goal, 0, 1)
+            assert float(row["charts/distill_coef"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_worst_of_a_population_goes_on_from_the_best():
+    """Two seeds, three λ, and two entries that fill the devices: the worst takes what was learned, not where it stands."""
+    args = m.resolve(m.Args(env_id="CartPole-v1", num_seeds=2, distill_coef=(0.5, 1.0, 2.0), pbt_interval=1, num_envs=2, student_hidden=(4,)))
+    networks = m.make_networks(args.env_id, args.network)
+    filled = (0, 1, 2, 3, 4, 5, 5, 5)
+    states = [m.init_state(args, networks, i)._replace(distill_coef=jnp.float32(c), recent=jnp.float32(r))
+              for i, c, r in zip(range(6), (0.5, 0.5, 1.0, 1.0, 2.0, 2.0), (3.0, 7.0, 9.0, 7.0, 5.0, 7.0), strict=True)]
+    before = m.stack([states[i] for i in filled])
+    after = m.exploit(args, filled, before, 3)
+    of_first = [2, 1, 2, 3, 4, 5, 5, 5]  # the first seed's λ = 0.5 goes on from its λ = 1; the other seed's are all alike
+    for name in ("params", "opt_state", "return_stats"):
+        for x, y in zip(jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(before, name)), strict=True):
+            np.testing.assert_array_equal(x, y[np.array(of_first)])
+    for name in ("world", "key", "discounted", "obs_stats"):
+        for x, y in zip(jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(before, name)), strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert float(after.distill_coef[0]) in (np.float32(0.8), np.float32(1.25))
+    np.testing.assert_array_equal(after.distill_coef[1:], before.distill_coef[1:])
+    factors = {float(m.exploit(args, filled, before, part).distill_coef[0]) for part in range(8)}
+    assert factors == {float(np.float32(0.8)), float(np.float32(1.25))}
+
+
+def test_a_population_has_one_student_of_each_seed(tmp_path):
+    """The one whose return was the highest while it learned; λ changes on the way, and the rows keep it."""
+    numbers = m.main(small(tmp_path / "run", total_timesteps=8 * 64, num_parts=8, distill_coef=(0.5, 2.0), pbt_interval=2))
+    assert set(numbers) >= {"student", "teacher"} and not any(name.startswith("student_0") for name in numbers)
+    assert {path.name for path in (tmp_path / "run").glob("student*")} == {"student_100.safetensors", "student_101.safetensors"}
+    learned = [row for row in rows(tmp_path / "run") if row["phase"] == "student"]
+    assert {row["distill_coef"] for row in learned} == {"0.5", "2.0"}
+    found = {round(float(row["charts/distill_coef"]), 4) for row in learned}
+    assert found > {0.5, 2.0} and found & {0.4, 0.625, 1.6, 2.5}
 
 
 def test_lambda_zero_is_ppo_whatever_the_teacher(tmp_path):
@@ -332,9 +381,10 @@ def test_ppo_learns_to_balance_and_both_scripts_evaluate_alike(tmp_path):
     assert again["mean"] == pytest.approx(results["student"]["mean"], abs=5 * error + 1e-3)
 
 
-def test_a_signal_saves_and_the_run_goes_on_to_the_bit(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("beyond", [{}, {"pbt_interval": 1, "distill_coef_decay": "return", "distill_future_coef": 0.5}])
+def test_a_signal_saves_and_the_run_goes_on_to_the_bit(beyond, tmp_path, monkeypatch, capsys):
     """Stopped in the teacher's training and again in the student's, it gives the very students of the unbroken run."""
-    flags = {"total_timesteps": 10 * 64, "teacher_timesteps": 10 * 64, "num_parts": 5, "distill_coef": (0.5, 2.0)}
+    flags = {"total_timesteps": 10 * 64, "teacher_timesteps": 10 * 64, "num_parts": 5, "distill_coef": (0.5, 2.0)} | beyond
     m.main(small(tmp_path / "whole", **flags))
     train, folder = m.train, tmp_path / "cut"
     args = small(folder, **flags)
@@ -358,7 +408,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(tmp_path, monkeypatch, ca
         args = m.parse_args(["--resume", str(folder)])
     assert {row["phase"] for row in rows(folder)} == {"teacher", "student"}
     m.main(args)
-    for name in ("teacher_100", "student_0.5_100", "student_2_101"):
+    for name in ("teacher_100", *(("student_100", "student_101") if beyond else ("student_0.5_100", "student_2_101"))):
         a, b = (m.read_file(tmp_path / run / f"{name}.safetensors")[1] for run in ("whole", "cut"))
         assert a.keys() == b.keys() and all(np.array_equal(a[each], b[each]) for each in a), name
     a, b = ([{k: v for k, v in row.items() if k not in ("seconds", "charts/SPS")} for row in rows(tmp_path / run)]

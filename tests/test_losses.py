@@ -57,7 +57,7 @@ def ppd(t, m, d, lam, direction, batch=None, weight="ratio"):
 
 
 def ppo(t, d):
-    batch = train_teacher.Batch(*ppd_batch(ppd_mujoco, d)[:-1])
+    batch = train_teacher.Batch(*ppd_batch(ppd_mujoco, d)[:-2])
     return train_teacher.ppo_loss(outputs(t), t["values"], batch, d["clip_coef"], d["ent_coef"], d["vf_coef"])
 
 

@@ -426,8 +426,32 @@ def test_tracking_gets_no_row_twice(m, tmp_path, tiny_teacher, tracker, monkeypa
 
 def test_distill_coef_goes_linearly_to_its_end():
     args = ppd_mujoco.Args(distill_coef=2.0, distill_coef_final=1.0)
-    assert [ppd_mujoco.distill_coef_at(args, x) for x in (0.0, 0.5, 1.0)] == [2.0, 1.5, 1.0]
-    assert ppd_mujoco.distill_coef_at(ppd_mujoco.Args(distill_coef=2.0), 0.7) == 2.0
+    assert [ppd_mujoco.distill_coef_at(args, x, 0.9) for x in (0.0, 0.5, 1.0)] == [2.0, 1.5, 1.0]
+    assert ppd_mujoco.distill_coef_at(ppd_mujoco.Args(distill_coef=2.0), 0.7, 0.9) == 2.0
+
+
+def test_distill_coef_falls_with_the_return():
+    """From λ, for returns of 0 and below, to 0, for the teacher's and above."""
+    args = ppd_mujoco.Args(distill_coef=2.0, distill_coef_decay="return")
+    assert [ppd_mujoco.distill_coef_at(args, 0.3, x) for x in (-1.0, 0.0, 0.25, 1.0, 1.5)] == [2.0, 2.0, 1.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("m", "env_id"), [(ppd_mujoco, "Hopper-v4"), pytest.param(ppd_procgen, "CoinrunEasy-v0", marks=needs_procgen)])
+def test_a_run_whose_distill_coef_falls(m, env_id, tmp_path, monkeypatch):
+    """λ follows the returns of the finished games and the teacher's own, on the levels of training; the rows say so."""
+    teacher = m.load_teacher(m.Args(env_id=env_id, distill_coef_decay="return"))
+    goal = teacher.about["evaluation"].get("train_levels", teacher.about["evaluation"])["mean"]
+    start = m.start
+
+    def begin(envs):
+        cursor = start(envs)
+        cursor.finished.append(0.25 * goal)
+        return cursor
+
+    monkeypatch.setattr(m, "start", begin)
+    monkeypatch.setattr(m, "assess", lambda *args: nothing())
+    m.main(small(m, env_id, tmp_path / "run", distill_coef=2.0, distill_coef_decay="return", total_timesteps=1, student_hidden=(8,)))
+    assert teacher.goal == goal and float(rows(tmp_path / "run")[0]["charts/distill_coef"]) == pytest.approx(1.5, rel=0.2)
 
 
 def test_a_corrupted_teacher_is_reproducible_and_noisy_everywhere(tiny_teacher, tmp_path):

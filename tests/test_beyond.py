@@ -1,0 +1,108 @@
+"""What goes beyond the paper: the KL divergence ahead as a reward, and a teacher whose mean is clipped to the bounds."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_networks import Learner, made_up_rollout
+
+import ppd_atari
+import ppd_gymnax
+import ppd_mujoco
+
+ENV = {ppd_mujoco: "Swimmer-v4", ppd_gymnax: "Pendulum-v1"}
+BOUND = {ppd_mujoco: 1.0, ppd_gymnax: 2.0}
+GAMMA, LAMBDA, BETA = 0.5, 3.0, 0.25
+
+
+def chain(m, monkeypatch, **flags):
+    """An update on a chain of three states, in two environments: metrics, and moments of the advantages.
+
+    States are 1, 2, 3 and, after the end, 5. The first environment terminates there, the second is truncated. The teacher's
+    mean is the state, the student's 0, all deviations are 1: KL = s²/2 for one action. Values are 0, and so are rewards.
+    """
+    dims = {ppd_mujoco: 2, ppd_gymnax: 1}[m]  # Swimmer has two actions, of which the second is 0 for both
+    ones = {"kernel": jnp.eye(1, dims), "bias": jnp.zeros(dims)}
+    params = {"Dense_0": {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}, "Dense_1": ones, "log_std": jnp.zeros(dims)}
+    args = m.Args(env_id=ENV[m], num_envs=2, num_steps=3, num_minibatches=1, update_epochs=1, gamma=GAMMA, gae_lambda=1.0,
+                  learning_rate=1e-4, seed=77, **flags)
+    states = np.array([1.0, 2.0, 3.0, 5.0], np.float32)
+    ends = np.zeros((2, 3, 2), np.float32)
+    ends[0, 2, 0] = ends[1, 2, 1] = 1.0
+    terminations, truncations = ends
+    observations = np.repeat(states[:, None, None], 2, axis=1)
+    actions, zeros = np.zeros((3, 2, dims), np.float32), np.zeros((3, 2), np.float32)
+    stats, loss = m.Stats(jnp.zeros(1), jnp.ones(1), jnp.float32(1.0)), m.ppd_loss
+
+    def ppd_loss(outputs, values, batch, *rest):
+        total, terms = loss(outputs, values, batch, *rest)
+        return total, terms | {"advantages": batch.advantages.mean(), "squares": (batch.advantages**2).mean()}
+
+    monkeypatch.setattr(m, "standardize", lambda advantages, *weights: advantages)
+    monkeypatch.setattr(m, "ppd_loss", ppd_loss)
+    if m is ppd_mujoco:
+        args = dataclasses.replace(args, student_hidden=(1,), num_devices=1)
+        networks = m.Networks(m.Policy((1,), dims), m.Value((1,)), m.Policy((1,), dims))
+        state = m.init_state(args, networks, 1)
+        rollout = m.Rollout(observations, actions, zeros, *(ends > 0), zeros > 0)
+        state = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))
+        _, found = m.update(args, networks, m.Frozen({"params": params}, stats), state, rollout, LAMBDA)
+        found = {name.removeprefix("losses/"): float(x) for name, x in found.items()}
+    else:
+        networks = m.Networks(m.Policy(m.Network("mlp", (), (1,)), dims, True), m.Value(m.Network("mlp", (), (1,))), None, None)
+        networks = networks._replace(teacher=networks.policy)
+        values = {"params": {"Dense_0": params["Dense_0"], "Dense_1": {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}}}
+        learned = {"policy": {"params": params}, "value": values} | ({"future": values} if args.distill_future_coef else {})
+        learned = jax.tree.map(jnp.zeros_like, learned)
+        state = m.TrainState(learned, m.make_optimizer(args).init(learned), stats,
+                             m.Stats(jnp.float32(0), jnp.float32(1), jnp.float32(1e-4)), jnp.zeros(2), None, jax.random.PRNGKey(0), None, None)
+        rollout = m.Rollout(observations[:3], actions, zeros, terminations, truncations, observations[1:], zeros)
+        teacher = m.Frozen({"policy": {"params": params}}, stats)
+        _, found = m.learn_ppd(args, networks, teacher, state, rollout, jnp.float32(LAMBDA))
+        found = {name: float(x) for name, x in found.items()}
+    return found
+
+
+@pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax])
+def test_the_divergence_ahead_on_a_chain(m, monkeypatch):
+    """Rewards -βλ KL(next state), and 0 at a termination; with all values 0 the advantages are the returns, by hand."""
+    scale = -BETA * LAMBDA
+    terminated = [scale * (2.0 + GAMMA * 4.5), scale * 4.5, 0.0]
+    truncated = [scale * (2.0 + GAMMA * (4.5 + GAMMA * 12.5)), scale * (4.5 + GAMMA * 12.5), scale * 12.5]
+    returns = np.array(terminated + truncated)
+    found = chain(m, monkeypatch, distill_future_coef=BETA)
+    assert found["advantages"] == pytest.approx(returns.mean(), rel=1e-5)
+    assert found["squares"] == pytest.approx((returns**2).mean(), rel=1e-5)
+    assert found["future_loss"] == pytest.approx((returns**2).mean(), rel=1e-5)  # its values are 0 as well
+    assert found["teacher_kl"] == pytest.approx((0.5 + 2.0 + 4.5) / 3, rel=1e-5) and found["value_loss"] == 0.0
+
+
+@pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax])
+def test_without_the_divergence_ahead_nothing_of_it_is_left(m, monkeypatch):
+    found = chain(m, monkeypatch)
+    assert found["squares"] == 0.0 and "future_loss" not in found
+
+
+@pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax])
+def test_a_teachers_mean_is_clipped_to_the_bounds(m, monkeypatch):
+    """In the KL divergence and in that ahead; the states lie beyond the bounds, 1 or 2."""
+    clipped = np.minimum([1.0, 2.0, 3.0, 5.0], BOUND[m]) ** 2 / 2
+    found = chain(m, monkeypatch, distill_future_coef=BETA, teacher_mean_clip=True)
+    assert found["teacher_kl"] == pytest.approx(clipped[:3].mean(), rel=1e-5)
+    ahead = -BETA * LAMBDA * np.array([clipped[1] + GAMMA * clipped[2], clipped[2], 0.0])
+    rest = -BETA * LAMBDA * clipped[3] * np.array([GAMMA**2, GAMMA, 1.0])
+    returns = np.concatenate([ahead, ahead + rest])
+    assert found["advantages"] == pytest.approx(returns.mean(), rel=1e-5)
+
+
+def test_the_divergence_ahead_of_images():
+    """The same block for images: it has values of its own, and changes what the policy learns."""
+    plain, ahead = (Learner(ppd_atari, True, distill_future_coef=x, vf_coef=0.0) for x in (0.0, 0.5))
+    rollout = made_up_rollout(ppd_atari, True)
+    (state, metrics), (other, expected) = ahead.learn(rollout), plain.learn(rollout)
+    assert metrics["losses/future_loss"] > 0 and set(metrics) - set(expected) == {"losses/future_loss"}
+    assert set(state.params) == {"policy", "value", "future"} and set(other.params) == {"policy", "value"}
+    differences = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.params["policy"], other.params["policy"])
+    assert max(jax.tree.leaves(differences)) > 1e-5
