@@ -170,6 +170,7 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path):
     ("speed_gymnax.py", "--env-id", "CartPole-v1", "--num-seeds", "1", "--rounds", "1", "--seconds", "0.01"),
     ("overlap.py", "--steps", "20", "--rounds", "1"),
     ("detached.py", "--timesteps", "2304", "--seeds", "100", "--eval-episodes", "1", "--folder", "{folder}"),
+    ("variance.py", "--env-id", "Hopper-v4", "--updates", "0", "1"),
     ("resume.py", "--timesteps", "3200", "--num-steps", "16", "--seeds", "100", "--eval-episodes", "1", "--student-size", "smaller")])
 def test_the_other_benchmarks_run(words, tmp_path):
     words = [word.format(folder=tmp_path / "runs") for word in words]
@@ -177,7 +178,7 @@ def test_the_other_benchmarks_run(words, tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["command"].startswith(f"python benchmark/{words[0]}") and {"speed", "gymnax", "overlap", "resume", "detached"} & set(found)
+    assert found["command"].startswith(f"python benchmark/{words[0]}") and {"speed", "gymnax", "overlap", "resume", "detached", "variance"} & set(found)
     if words[0] == "detached.py":
         (coupled,), (detached,) = found["detached"].values()
         assert coupled["kl"][0] == pytest.approx(detached["kl"][0], rel=0.2) and coupled["kl"] != detached["kl"]

@@ -42,6 +42,15 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
         for name, found in result["gymnax"].items():
             figures = [f"{found['PPO']:,.0f}", f"{found['PPD']:,.0f}", f"{found['cost']:+.0%}"]
             assert any(all(figure in line for figure in figures) for line in rows(name)), figures
+            if "PureJaxRL" in found:
+                figures = [f"{found[key]:,.0f}" for key in ("PPO", "PureJaxRL")] + [f"{found['ratio']:.2f}"]
+                assert f"| {name} | {' | '.join(figures)} |" in LINES, figures
+        return
+    elif "variance" in result:  # benchmark/variance.py
+        for found in result["variance"]:
+            ratios = [f"{found[kind]['noise'] / found[kind]['signal']:.1f}" for kind in ("ratio", "detached")]
+            cells = [result["env_id"], str(found["updates"]), f"{found['kl']:.1f}", *ratios]
+            assert f"| {' | '.join(cells)} |" in LINES, cells
         return
     elif "kl" in result:  # benchmark/pixels.py
         figures, lines = [f"{x['first']:.3f} to {x['last']:.3f}" for x in result["kl"].values()], rows(result["env_id"])
