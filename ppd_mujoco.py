@@ -45,7 +45,7 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -89,14 +89,15 @@ class Args:
     """devices that share an update, a divisor of the minibatch; by default all GPUs, or one core of a CPU"""
 
     # Teacher and student
-    teacher: str | None = None
-    """file of the teacher; by default teachers/{env_id}__100.safetensors beside this script"""
+    teacher: tuple[str, ...] = ()
+    """files of teachers, by default teachers/{env_id}__100.safetensors beside this script; one of another task with the
+    same observations and actions is a prior of skills"""
     student_size: Literal["smaller", "same", "larger"] = "larger"
     """hidden layers of the student: 128-64, 256-256 (the paper's teachers) or 512-512"""
     student_hidden: tuple[int, ...] | None = None
     """widths of the student's hidden layers; overrides --student-size"""
-    distill_coef: float = 1.0
-    """weight of the distillation term (the paper's λ); 0 is PPO"""
+    distill_coef: tuple[float, ...] = (1.0,)
+    """weight of the distillation term (the paper's λ), one for all teachers or one for each; 0 is PPO"""
     distill_coef_final: float | None = None
     """weight at the end of the run, reached linearly; by default λ stays constant"""
     distill_coef_decay: Literal["none", "return"] = "none"
@@ -205,7 +206,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
             value = getattr(run, field.name)
             known = value in kinds or type(value) in kinds + [int] * (float in kinds)
-            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float) for x in value):
+            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float | str) for x in value):
                 raise ValueError(f"its {field.name} is {value}")
         args = read(default=run)
         for name, value in vars(run).items():
@@ -239,6 +240,8 @@ def resolve(args: Args) -> Args:
         args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if samples % n == 0))
     if args.num_devices > found or samples % args.num_devices:
         fail(f"--num-devices {args.num_devices} must divide {samples} samples, a minibatch; JAX finds {found} devices")
+    if len(args.distill_coef) not in (1, max(1, len(args.teacher))):
+        fail(f"--distill-coef takes 1 number or {max(1, len(args.teacher))}, as many as teachers")
     if args.distill_coef_final is not None and args.distill_coef_decay != "none":
         fail("--distill-coef-final and --distill-coef-decay exclude each other")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
@@ -488,7 +491,7 @@ class Batch(NamedTuple):
     advantages: jax.Array  # [B]
     returns: jax.Array  # [B]
     weights: jax.Array  # [B]: 0 for a phantom transition, else 1
-    teacher: Any  # PPD: the teacher policy's outputs, [B, A] each
+    teachers: tuple  # PPD: each teacher policy's outputs, [B, A] each
     future: jax.Array | None = None  # PPD: [B], returns of the rewards for the KL divergence ahead
 
 
@@ -499,16 +502,16 @@ def divergence(teacher: distrax.Distribution, pi: distrax.Distribution, kl_direc
 
 def ppd_terms(
     outputs: Any, value: jax.Array, sample: Batch, clip_coef: float, kl_direction: str, distill_weight: str
-) -> dict[str, jax.Array]:
-    """Compute the terms of one sample's loss, as scalars (Algorithm 1).
+) -> dict[str, Any]:
+    """Compute the terms of one sample's loss, as scalars (Algorithm 1); those of the teachers are lists.
 
-    outputs: of the student's policy, [A] each; value: of the student, []; sample: its advantage is standardised.
+    outputs: of the student's policy, [A] (each); value: of the student, []; sample: its advantage is standardised.
     """
-    pi, teacher = distribution(outputs), distribution(sample.teacher)
+    pi = distribution(outputs)
     log_ratio = pi.log_prob(sample.actions) - sample.log_probs
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
-    kl = divergence(teacher, pi, kl_direction)  # PPD
+    kls = [divergence(distribution(teacher), pi, kl_direction) for teacher in sample.teachers]  # PPD
     weight = jnp.maximum(ratio, 1.0 - clip_coef)  # PPD: the paper's has a gradient, which flows through both factors
     weight = jax.lax.stop_gradient(weight) if distill_weight == "detached" else weight
     return {
@@ -517,24 +520,24 @@ def ppd_terms(
         "entropy": pi.entropy(),
         "approx_kl": ratio - 1.0 - log_ratio,
         "clipfrac": (jnp.abs(ratio - 1.0) > clip_coef).astype(jnp.float32),
-        "distill_loss": kl * weight,  # PPD
-        "teacher_kl": kl,
+        "distill_loss": [kl * weight for kl in kls],  # PPD
+        "teacher_kl": kls,
     }
 
 
 def ppd_loss(
-    outputs: Any, values: jax.Array, batch: Batch, distill_coef: float, clip_coef: float, ent_coef: float,
-    vf_coef: float, kl_direction: str, distill_weight: str,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    outputs: Any, values: jax.Array, batch: Batch, distill_coef: tuple[float, ...], clip_coef: float,
+    ent_coef: float, vf_coef: float, kl_direction: str, distill_weight: str,
+) -> tuple[jax.Array, dict[str, Any]]:
     """Compute the loss of a minibatch and its terms, averaged over the samples whose weight is 1.
 
-    outputs: of the student's policy, [B, A] each; values: of the student, [B]; distill_coef: λ at this step.
+    outputs: of the student's policy, [B, A] each; values: of the student, [B]; distill_coef: λ of each teacher.
     """
     each = partial(ppd_terms, clip_coef=clip_coef, kl_direction=kl_direction, distill_weight=distill_weight)
     terms = jax.vmap(each)(outputs, values, batch)
-    terms = {name: weighted_mean(term, batch.weights) for name, term in terms.items()}
+    terms = jax.tree.map(lambda x: weighted_mean(x, batch.weights), terms)
     loss = terms["policy_loss"] + vf_coef * terms["value_loss"] - ent_coef * terms["entropy"]
-    loss += distill_coef * terms["distill_loss"]  # PPD
+    loss += sum(coef * term for coef, term in zip(distill_coef, terms["distill_loss"], strict=True))  # PPD
     return loss, {"loss": loss} | terms
 
 
@@ -546,12 +549,17 @@ def ppd_loss(
 P = jax.sharding.PartitionSpec  # how arrays lie on several devices: P() is whole on each
 
 
+def numbered(name: str, values: Iterable) -> dict[str, Any]:
+    """Name what there is one of for each teacher: name, name_2, name_3."""
+    return {name + f"_{k}" * (k > 1): value for k, value in enumerate(values, 1)}
+
+
 class Networks(NamedTuple):
     """The flax modules; they hold no parameters."""
 
     policy: Policy
     value: Value
-    teacher: Policy
+    teachers: tuple[Policy, ...]
 
 
 class Frozen(NamedTuple):
@@ -639,22 +647,24 @@ def act_deterministic(policy: Policy, params: dict, obs_stats: Stats, observatio
 
 @partial(jax.jit, static_argnames=("args", "networks"), donate_argnames="state")
 def update(
-    args: Args, networks: Networks, teacher: Frozen, state: TrainState, rollout: Rollout, distill_coef: float
+    args: Args, networks: Networks, teachers: tuple[Frozen, ...], state: TrainState, rollout: Rollout,
+    distill_coef: tuple[float, ...],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Learn from one rollout; returns the new state and the metrics, averaged over all minibatches."""
     rewards, terminations, truncations, phantoms = (jnp.asarray(x, jnp.float32) for x in rollout[2:])
     dones, weights = jnp.maximum(terminations, truncations), 1.0 - phantoms
 
     # The parameters are still those of the rollout, so its values and log-probabilities are one batched call
-    observations = normalize(rollout.observations, teacher.obs_stats)
+    observations = normalize(rollout.observations, teachers[0].obs_stats)
     values = networks.value.apply(state.params["value"], observations)
     log_probs = distribution(networks.policy.apply(state.params["policy"], observations[:-1])).log_prob(rollout.actions)
 
-    def apply_teacher(observations):  # PPD
-        mean, log_std = networks.teacher.apply(teacher.params, observations)
-        return jnp.clip(mean, *action_bounds(args.env_id)) if args.teacher_mean_clip else mean, log_std
+    def teach(observations):  # PPD: each teacher sees its own statistics
+        for policy, teacher in zip(networks.teachers, teachers, strict=True):
+            mean, log_std = policy.apply(teacher.params, normalize(observations, teacher.obs_stats))
+            yield jnp.clip(mean, *action_bounds(args.env_id)) if args.teacher_mean_clip else mean, log_std
 
-    teacher_outputs = apply_teacher(observations[:-1])  # PPD: once a rollout, for all epochs
+    teacher_outputs = tuple(teach(rollout.observations[:-1]))  # PPD: once a rollout, for all epochs
 
     discounted, sums = discount_forward(rewards, dones, state.discounted, args.gamma)
     return_stats = update_stats(state.return_stats, sums.reshape(-1), weights.reshape(-1))
@@ -663,8 +673,9 @@ def update(
     future = None
     if args.distill_future_coef:  # PPD: the later KL divergence that an action leads to is a reward with its own values
         pi = distribution(networks.policy.apply(state.params["policy"], observations[1:]))
-        kl = divergence(distribution(apply_teacher(observations[1:])), pi, args.kl_direction)
-        rewards = -args.distill_future_coef * distill_coef * kl * (1.0 - terminations)
+        kls = [divergence(distribution(outputs), pi, args.kl_direction) for outputs in teach(rollout.observations[1:])]
+        kl = sum(coef * kl for coef, kl in zip(distill_coef, kls, strict=True))
+        rewards = -args.distill_future_coef * kl * (1.0 - terminations)
         values = networks.value.apply(state.params["future"], observations)
         ahead, future = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
         advantages += ahead
@@ -706,7 +717,8 @@ def update(
     orders = jax.vmap(jax.random.permutation, (0, None))(epoch_keys, args.batch_size)
     minibatches = orders.reshape(args.update_epochs * args.num_minibatches, -1)
     (params, opt_state), metrics = jax.lax.scan(train_minibatch, (state.params, state.opt_state), minibatches)
-    metrics = {f"losses/{name}": values.mean() for name, values in metrics.items()}
+    named = [numbered(f"losses/{name}", jax.tree.leaves(values)) for name, values in metrics.items()]
+    metrics = {name: values.mean() for each in named for name, values in each.items()}
     state = TrainState(params, opt_state, return_stats, discounted, key)
     return jax.lax.with_sharding_constraint(state, replicated(args.num_devices)), metrics
 
@@ -846,12 +858,13 @@ class Run:
             self.tracker.log(finite, step=step, commit=True)  # a step that W&B has had before a crash, it leaves out
         self.logged |= {"bytes": self.file.tell(), "step": step, "SPS": sps, "seconds": seconds}
 
-    def save(self, updates: int, state: TrainState, finished: deque, teacher: Teacher) -> None:
+    def save(self, updates: int, state: TrainState, finished: deque, teachers: tuple[Teacher, ...]) -> None:
         """Save all that --resume needs, but for the simulator's own state, which cannot be saved; two files stay."""
         os.fsync(self.file.fileno())  # rows are on the disk before a checkpoint counts on them
-        about = {"updates": updates, "finished": list(finished), "logged": self.logged, "teacher": teacher.about}
+        about = {"updates": updates, "finished": list(finished), "logged": self.logged,
+                 "teachers": [teacher.about for teacher in teachers]}
         path = self.folder / f"checkpoint_{updates * self.batch_size:012d}.safetensors"
-        save_file(path, self.about | about, {"state": state, "teacher": teacher.arrays})
+        save_file(path, self.about | about, {"state": state, "teachers": [teacher.arrays for teacher in teachers]})
         for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
             old.unlink()
 
@@ -932,37 +945,49 @@ def assess(args: Args, variant: dict, policy: Policy, frozen: Frozen) -> dict[st
 # ======================================================================================================================
 
 
-def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.ndarray] | None = None) -> Teacher:
-    """Make the policy of a resumed run's teacher, of --teacher, or of the task's shipped one.
+def load_teachers(
+    args: Args, saved: dict | None = None, arrays: dict[str, np.ndarray] | None = None
+) -> tuple[Teacher, ...]:
+    """Make the policies of a resumed run's teachers, of --teacher, or of the task's shipped one.
 
-    End the program if there is no such file, or if it is not what it says.
+    End the program if there is no such file, if it is not what it says, or if it does not fit the task.
     """
-    env_id = args.env_id or "Hopper-v4"
-    path = args.resume or args.teacher or str(Path(__file__).parent / f"teachers/{env_id}__100.safetensors")
-    task_shape(env_id)
-    if not args.teacher and not os.path.exists(path):
-        fail(f"there is no {path}; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file "
+    env_id, teachers = args.env_id or (None if args.teacher else "Hopper-v4"), []
+    shipped = str(Path(__file__).parent / f"teachers/{env_id}__100.safetensors")
+    if env_id:
+        task_shape(env_id)
+    if not args.teacher and not saved and not os.path.exists(shipped):
+        fail(f"there is no {shipped}; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file "
              "with --teacher")
-    with checked(f"{path} is no model of a MuJoCo task"):
-        if saved:
-            about = saved["teacher"]
-            arrays = {name[len("teacher/"):]: x for name, x in arrays.items() if name.startswith("teacher/")}
-        else:
-            about, arrays = read_file(path)
-        if args.env_id not in (None, about["env_id"]):
-            fail(f"{path} is a teacher of {about['env_id']}, not of {args.env_id}")
-        if about["network"]["kind"] != "mlp" or type(about["variant"]["contact_forces"]) is not bool:
-            raise ValueError(f"it is of the kind {about['network']['kind']}, {about['variant']}")
-        policy = Policy(tuple(about["network"]["hidden"][:MAX_LAYERS]), about["action_dim"])
-        if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(about["env_id"])):
-            fail(f"{path} is for observations and actions of {found}; those of {about['env_id']} are {needed}")
-        x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32)
-        params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, "policy")
-        stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, "obs_stats")
-        goal = math.inf if args.distill_coef_decay == "none" else float(about["evaluation"]["mean"])
-        if not goal > 0:
-            fail(f"--distill-coef-decay return needs a teacher of positive return; that of {path} is {goal}")
-    return Teacher(about, arrays, policy, Frozen(params, stats), goal)
+    for k, path in enumerate(args.teacher or (shipped,)):
+        path = args.resume or path
+        with checked(f"{path} is no model of a MuJoCo task"):
+            if saved:
+                about, prefix = saved["teachers"][k], f"teachers/{k}/"
+                own = {name[len(prefix):]: x for name, x in arrays.items() if name.startswith(prefix)}
+            else:
+                about, own = read_file(path)
+            env_id = env_id or about["env_id"]
+            if about["network"]["kind"] != "mlp" or type(about["variant"]["contact_forces"]) is not bool:
+                raise ValueError(f"it is of the kind {about['network']['kind']}, {about['variant']}")
+            policy = Policy(tuple(about["network"]["hidden"][:MAX_LAYERS]), about["action_dim"])
+            if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(env_id)):
+                fail(f"{path} is for observations and actions of {found}; those of {env_id} are {needed}")
+            x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32)
+            params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), own, "policy")
+            stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), own, "obs_stats")
+            goal = math.inf if args.distill_coef_decay == "none" else float(about["evaluation"]["mean"])
+            if not goal > 0:
+                fail(f"--distill-coef-decay return needs a teacher of positive return; that of {path} is {goal}")
+            if about["env_id"] != env_id:
+                if goal < math.inf:
+                    fail(f"--distill-coef-decay return needs teachers of {env_id}; {path} is of {about['env_id']}")
+                print(f"{path} is a teacher of {about['env_id']}, a prior of skills for {env_id}", file=sys.stderr)
+            teachers.append(Teacher(about | {"env_id": env_id}, own, policy, Frozen(params, stats), goal))
+        first, other = teachers[0].about["variant"], teachers[k].about["variant"]
+        if first != other:
+            fail(f"{path} plays with {other}, the first teacher with {first}")
+    return tuple(teachers)
 
 
 def corrupt(params: dict, std: float, seed: int) -> dict:
@@ -972,15 +997,16 @@ def corrupt(params: dict, std: float, seed: int) -> dict:
     return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
 
 
-def distill_coef_at(args: Args, fraction: float, reached: float) -> float:
-    """Return λ at this fraction of the run, from 0 at its first update to 1 at its last: constant, linear, or falling.
+def distill_coef_at(args: Args, fraction: float, reached: Sequence[float]) -> tuple[float, ...]:
+    """Return each teacher's λ at this fraction of the run, from 0 to 1: constant, linear, or falling with the return.
 
-    reached: the student's recent return, as a fraction of its teacher's.
+    reached: the student's recent return, as a fraction of each teacher's.
     """
+    coefs = args.distill_coef * (len(reached) if len(args.distill_coef) == 1 else 1)
     if args.distill_coef_decay == "return":
-        return args.distill_coef * float(np.clip(1.0 - reached, 0.0, 1.0))
-    final = args.distill_coef if args.distill_coef_final is None else args.distill_coef_final
-    return args.distill_coef + fraction * (final - args.distill_coef)
+        return tuple(coef * float(np.clip(1.0 - x, 0.0, 1.0)) for coef, x in zip(coefs, reached, strict=True))
+    final = args.distill_coef_final
+    return coefs if final is None else tuple(coef + fraction * (final - coef) for coef in coefs)
 
 
 def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> None:
@@ -1020,15 +1046,18 @@ def main(args: Args) -> dict[str, float]:
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     saved, arrays = load_checkpoint(args.resume) if args.resume else (None, {})
-    teacher = load_teacher(args, saved, arrays)
+    teachers = load_teachers(args, saved, arrays)
+    teacher = teachers[0]
     args = resolve(dataclasses.replace(args, env_id=teacher.about["env_id"]))
-    noisy = corrupt(teacher.frozen.params, args.teacher_noise_std, args.teacher_noise_seed)
-    taught = teacher.frozen._replace(params=noisy)
+    taught = tuple(
+        each.frozen._replace(params=corrupt(each.frozen.params, args.teacher_noise_std, args.teacher_noise_seed + k))
+        for k, each in enumerate(teachers))
 
     first = saved["updates"] if saved else 0
     seed = (args.seed + first * args.num_envs) % EVAL_SEED  # going on, it plays new games
     envs = make_envs(args.env_id, args.num_envs, seed, teacher.about["variant"])
-    networks = Networks(Policy(args.hidden, teacher.policy.action_dim), Value(args.hidden), teacher.policy)
+    networks = Networks(
+        Policy(args.hidden, teacher.policy.action_dim), Value(args.hidden), tuple(each.policy for each in teachers))
     state, cursor = init_state(args, networks, envs.observation_space.shape[0]), start(envs)
     if saved:
         with checked(f"{args.resume} holds no state of this run"):
@@ -1043,38 +1072,39 @@ def main(args: Args) -> dict[str, float]:
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
         if not saved:
-            run.save(0, state, cursor.finished, teacher)
+            run.save(0, state, cursor.finished, teachers)
         for iteration in bar:
             # Collect
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, networks.policy.action_dim))
-            policy_step = partial(act, networks.policy, state.params["policy"], taught.obs_stats, noise)
+            policy_step = partial(act, networks.policy, state.params["policy"], taught[0].obs_stats, noise)
             rollout = collect(envs, cursor, policy_step, args.num_steps)
 
             # Update
-            reached = np.mean(cursor.finished) / teacher.goal if cursor.finished else 0.0
+            episodic_return = np.mean(cursor.finished) if cursor.finished else math.nan
+            reached = [episodic_return / each.goal if cursor.finished else 0.0 for each in teachers]
             distill_coef = distill_coef_at(args, (iteration - 1) / max(1, args.num_updates - 1), reached)  # PPD
             state, metrics = update(args, networks, taught, state._replace(key=key), rollout, distill_coef)
-            metrics = {"charts/distill_coef": distill_coef} | {name: float(value) for name, value in metrics.items()}
+            metrics = numbered("charts/distill_coef", distill_coef) | {name: float(x) for name, x in metrics.items()}
             check_finite(metrics, iteration, run.folder)
 
             # Log
-            episodic_return = np.mean(cursor.finished) if cursor.finished else math.nan
             run.log(iteration * args.batch_size, {"charts/episodic_return": episodic_return} | metrics)
             bar.set_postfix_str(f"return {episodic_return:.0f}, KL {metrics['losses/teacher_kl']:.3f}", refresh=False)
 
             # Save
             interrupted = run.signal is not None
             if interrupted or iteration % args.checkpoint_every == 0 or iteration == args.num_updates:
-                run.save(iteration, state, cursor.finished, teacher)
+                run.save(iteration, state, cursor.finished, teachers)
             if interrupted:
                 run.stop()
     if run.signal is not None:  # it came while the last checkpoint was saved
         run.stop()
     envs.close()
     student = teacher.frozen._replace(params=state.params["policy"])
-    players = {"student": (networks.policy, student), "teacher": (teacher.policy, teacher.frozen)}
+    players = {"student": (networks.policy, student)}
+    players |= numbered("teacher", [(each.policy, each.frozen) for each in teachers])
     if args.teacher_noise_std:
-        players["corrupted_teacher"] = (teacher.policy, taught)
+        players |= numbered("corrupted_teacher", zip(networks.teachers, taught, strict=True))
     return finish(args, run, players, state.params, teacher)
 
 

@@ -889,12 +889,13 @@ class Run:
             self.tracker.log(finite, step=step, commit=True)  # a step that W&B has had before a crash, it leaves out
         self.logged |= {"bytes": self.file.tell(), "step": step, "SPS": sps, "seconds": seconds}
 
-    def save(self, updates: int, state: TrainState, finished: deque, teacher: Teacher) -> None:
+    def save(self, updates: int, state: TrainState, finished: deque, teachers: tuple[Teacher, ...]) -> None:
         """Save all that --resume needs, but for the simulator's own state, which cannot be saved; two files stay."""
         os.fsync(self.file.fileno())  # rows are on the disk before a checkpoint counts on them
-        about = {"updates": updates, "finished": list(finished), "logged": self.logged, "teacher": teacher.about}
+        about = {"updates": updates, "finished": list(finished), "logged": self.logged,
+                 "teachers": [teacher.about for teacher in teachers]}
         path = self.folder / f"checkpoint_{updates * self.batch_size:012d}.safetensors"
-        save_file(path, self.about | about, {"state": state, "teacher": teacher.arrays})
+        save_file(path, self.about | about, {"state": state, "teachers": [teacher.arrays for teacher in teachers]})
         for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
             old.unlink()
 
@@ -998,8 +999,8 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
              "with --teacher")
     with checked(f"{path} is no teacher"):
         if saved:
-            about = saved["teacher"]
-            arrays = {name[len("teacher/"):]: x for name, x in arrays.items() if name.startswith("teacher/")}
+            about, prefix = saved["teachers"][0], "teachers/0/"
+            arrays = {name[len(prefix):]: x for name, x in arrays.items() if name.startswith(prefix)}
         else:
             about, arrays = read_file(path)
         if args.env_id not in (None, about["env_id"]):
@@ -1109,7 +1110,7 @@ def main(args: Args) -> dict[str, float]:
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
         if not saved:
-            run.save(0, state, cursor.finished, teacher)
+            run.save(0, state, cursor.finished, (teacher,))
         for iteration in bar:
             # Collect: the student acts
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, action_dim), states)
@@ -1135,7 +1136,7 @@ def main(args: Args) -> dict[str, float]:
 
             # Save
             if last or iteration % args.checkpoint_every == 0:
-                run.save(iteration, state, cursor.finished, teacher)
+                run.save(iteration, state, cursor.finished, (teacher,))
             if interrupted:
                 run.stop()
     if run.signal is not None:  # it came while the last checkpoint was saved

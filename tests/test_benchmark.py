@@ -67,7 +67,7 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
         if run.experiment == "cpu-teachers":
             assert flags.size == run.size
         if run.method != "ppo":
-            assert run.size.startswith(flags.student_size) and run.task in flags.teacher
+            assert run.size.startswith(flags.student_size) and run.task in " ".join(flags.teacher)
             assert (flags.student_hidden == (512,)) == run.size.endswith("512")
             assert flags.teacher_noise_std == (0.05 if run.experiment.endswith("imperfect") else 0.0)
             assert run.script != "ppd_gymnax.py" or run.experiment != "lambda" or flags.distill_coef == (0, 0.5, 2, 5)
@@ -75,7 +75,7 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
         assert run.script.partition("_")[0] != "ppd" or changed == (
             flags.distill_weight == "detached", flags.distill_future_coef == 1.0, getattr(flags, "teacher_mean_clip", False))
         if run.distill_coef is not None:
-            assert flags.distill_coef == run.distill_coef
+            assert flags.distill_coef == (run.distill_coef,)
     assert {grid.teacher_path(run, args) for run in all_runs() if run.task == "Hopper-v4" and run.seed == 100 and run.teacher} == {
         "teachers/Hopper-v4__100.safetensors"}
 

@@ -1,16 +1,20 @@
-"""What goes beyond the paper: the KL divergence ahead as a reward, and a teacher whose mean is clipped to the bounds."""
+"""What goes beyond the paper: the KL divergence ahead as a reward, clipped means, several teachers and those of other tasks."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT, go_on, needs_procgen, rows, small
+from test_learning import made_up_teacher
 from test_networks import Learner, made_up_rollout
 
 import ppd_atari
 import ppd_gymnax
 import ppd_mujoco
+import ppd_procgen
 
 ENV = {ppd_mujoco: "Swimmer-v4", ppd_gymnax: "Pendulum-v1"}
 BOUND = {ppd_mujoco: 1.0, ppd_gymnax: 2.0}
@@ -44,11 +48,11 @@ def chain(m, monkeypatch, **flags):
     monkeypatch.setattr(m, "ppd_loss", ppd_loss)
     if m is ppd_mujoco:
         args = dataclasses.replace(args, student_hidden=(1,), num_devices=1)
-        networks = m.Networks(m.Policy((1,), dims), m.Value((1,)), m.Policy((1,), dims))
+        networks = m.Networks(m.Policy((1,), dims), m.Value((1,)), (m.Policy((1,), dims),))
         state = m.init_state(args, networks, 1)
         rollout = m.Rollout(observations, actions, zeros, *(ends > 0), zeros > 0)
         state = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))
-        _, found = m.update(args, networks, m.Frozen({"params": params}, stats), state, rollout, LAMBDA)
+        _, found = m.update(args, networks, (m.Frozen({"params": params}, stats),), state, rollout, (LAMBDA,))
         found = {name.removeprefix("losses/"): float(x) for name, x in found.items()}
     else:
         networks = m.Networks(m.Policy(m.Network("mlp", (), (1,)), dims, True), m.Value(m.Network("mlp", (), (1,))), None, None)
@@ -106,3 +110,50 @@ def test_the_divergence_ahead_of_images():
     assert set(state.params) == {"policy", "value", "future"} and set(other.params) == {"policy", "value"}
     differences = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.params["policy"], other.params["policy"])
     assert max(jax.tree.leaves(differences)) > 1e-5
+
+
+def losses(folder):
+    return [{name: x for name, x in row.items() if name.startswith(("losses", "charts/d"))} for row in rows(folder)]
+
+
+def test_a_prior_of_skills_and_a_teacher(tmp_path, capsys):
+    """HalfCheetah's observations and actions are of Walker2d's shape: its teacher teaches there, beside one of Walker2d."""
+    own, prior = made_up_teacher("Walker2d-v4", tmp_path / "own"), ROOT / "teachers/HalfCheetah-v4__100.safetensors"
+    args = small(ppd_mujoco, "Walker2d-v4", tmp_path / "run", teacher=(str(own), str(prior)), distill_coef=(1.0, 0.25), distill_coef_final=0.0)
+    numbers = ppd_mujoco.main(args)
+    assert f"{prior} is a teacher of HalfCheetah-v4, a prior of skills for Walker2d-v4" in capsys.readouterr().err
+    assert set(numbers) >= {"student", "teacher", "teacher_2"} and numbers["teacher"] != numbers["teacher_2"]
+    found = losses(tmp_path / "run")
+    assert [(float(row["charts/distill_coef"]), float(row["charts/distill_coef_2"])) for row in found] == [(1, 0.25), (0.5, 0.125), (0, 0)]
+    assert all(float(row["losses/teacher_kl_2"]) > float(row["losses/teacher_kl"]) > 0 for row in found)
+
+    results = (tmp_path / "run/results.json").read_text()
+    for path in (own, tmp_path / "run/results.json"):
+        path.unlink()
+    go_on(ppd_mujoco, tmp_path / "run")  # both teachers are in the checkpoint
+    assert json.loads((tmp_path / "run/results.json").read_text())["teacher_2"] == json.loads(results)["teacher_2"]
+
+
+def test_each_teacher_sees_its_own_statistics():
+    """The same network with two statistics is two teachers: the divergence of the second is that of its own."""
+    learner, rollout = Learner(ppd_mujoco, False), made_up_rollout(ppd_mujoco, False)
+    other = learner.teacher._replace(obs_stats=learner.teacher.obs_stats._replace(mean=jnp.full(5, 1.0)))
+    networks = learner.networks._replace(teachers=learner.networks.teachers * 2)
+    _, both = ppd_mujoco.update(learner.args, networks, (learner.teacher, other), learner.start(), rollout, (0.0, 0.0))
+    state = learner.start()
+    outputs = [networks.policy.apply(p, ppd_mujoco.normalize(rollout.observations[:-1], stats)) for p, stats in (
+        (state.params["policy"], learner.teacher.obs_stats), (other.params, other.obs_stats))]
+    student, teacher = map(ppd_mujoco.distribution, outputs)
+    kl = np.asarray(teacher.kl_divergence(student))[~rollout.phantoms].mean()
+    assert float(both["losses/teacher_kl_2"]) == pytest.approx(kl, rel=0.05)  # the student has hardly moved
+    assert abs(float(both["losses/teacher_kl"]) - kl) > 0.2 * kl
+
+
+@needs_procgen
+def test_two_corrupted_copies_of_a_teacher_of_images(tmp_path):
+    """One file twice, with the noise of two seeds; Procgen's games share observations and actions."""
+    teacher = made_up_teacher("CoinrunEasy-v0", tmp_path / "coinrun")
+    args = small(ppd_procgen, "JumperEasy-v0", tmp_path / "run", teacher=(str(teacher),) * 2, teacher_noise_std=0.05, distill_future_coef=0.1)
+    numbers = ppd_procgen.main(args)
+    assert set(numbers) >= {"teacher", "teacher_2", "corrupted_teacher", "corrupted_teacher_2"} and numbers["teacher"] == numbers["teacher_2"]
+    assert all(row["losses/teacher_kl"] != row["losses/teacher_kl_2"] for row in losses(tmp_path / "run"))

@@ -92,7 +92,7 @@ def learn(m, envs, updates, gamma=0.5, teacher=None, **flags):
         elif baseline:
             state, metrics = m.update(args, networks, frozen, value.init(jax.random.PRNGKey(2), x), state, rollout)
         else:
-            state, metrics = m.update(args, networks, frozen, state, rollout, args.distill_coef)
+            state, metrics = m.update(args, networks, (frozen,), state, rollout, args.distill_coef)
     return networks, state, state.obs_stats if m is train_teacher else stats, metrics
 
 

@@ -325,7 +325,7 @@ class Learner:
         x = jnp.zeros((1, *self.shape), jnp.uint8 if images else jnp.float32)
         stats = None if images else m.Stats(jnp.full(5, 0.1), jnp.full(5, 2.0), jnp.float32(9.0))
         params = {"policy": policy.init(jax.random.PRNGKey(9), x), "value": value.init(jax.random.PRNGKey(8), x)}
-        self.networks = m.Networks(policy, value, *((policy, value) if m is student_distill else (policy,) if ppd else ()))
+        self.networks = m.Networks(policy, value, *((policy, value) if m is student_distill else ((policy,),) if ppd else ()))
         self.teacher = params["policy"] if m is ppd_atari else None if m is train_teacher else m.Frozen(params["policy"], stats)
         self.teacher_value = params["value"]
 
@@ -351,7 +351,7 @@ class Learner:
             return self.m.update(self.args, self.networks, state, rollout)
         if self.m is student_distill:
             return self.m.update(self.args, self.networks, self.teacher, self.teacher_value, state, rollout)
-        return self.m.update(self.args, self.networks, self.teacher, state, rollout, self.distill_coef)
+        return self.m.update(self.args, self.networks, (self.teacher,), state, rollout, (self.distill_coef,))
 
 
 def same(a, b):
@@ -507,7 +507,7 @@ def test_an_update_is_the_algorithm_step_by_step():
         delta = rewards[t] + 0.9 * values[t + 1] * ~rollout.terminations[t] - values[t]
         advantages[t] = later = delta + 0.9 * 0.7 * later * ~(rollout.terminations[t] | rollout.truncations[t])
     advantages = advantages[:8]
-    teacher = networks.teacher.apply(frozen.params, x[:8])
+    teacher = networks.teachers[0].apply(frozen.params, x[:8])
     data = x[:8], rollout.actions, log_prob(networks.policy.apply(params["policy"], x[:8]), rollout.actions), advantages + values[:8], *teacher
     data = [np.asarray(each, np.float32).reshape(32, *each.shape[2:]) for each in data]
 

@@ -425,21 +425,21 @@ def test_tracking_gets_no_row_twice(m, tmp_path, tiny_teacher, tracker, monkeypa
 
 
 def test_distill_coef_goes_linearly_to_its_end():
-    args = ppd_mujoco.Args(distill_coef=2.0, distill_coef_final=1.0)
-    assert [ppd_mujoco.distill_coef_at(args, x, 0.9) for x in (0.0, 0.5, 1.0)] == [2.0, 1.5, 1.0]
-    assert ppd_mujoco.distill_coef_at(ppd_mujoco.Args(distill_coef=2.0), 0.7, 0.9) == 2.0
+    args = ppd_mujoco.Args(distill_coef=(2.0, 0.0), distill_coef_final=1.0)
+    assert [ppd_mujoco.distill_coef_at(args, x, [0.9, 0.9]) for x in (0.0, 0.5, 1.0)] == [(2.0, 0.0), (1.5, 0.5), (1.0, 1.0)]
+    assert ppd_mujoco.distill_coef_at(ppd_mujoco.Args(distill_coef=(2.0,)), 0.7, [0.9, 0.9]) == (2.0, 2.0)  # one for both
 
 
 def test_distill_coef_falls_with_the_return():
     """From λ, for returns of 0 and below, to 0, for the teacher's and above."""
-    args = ppd_mujoco.Args(distill_coef=2.0, distill_coef_decay="return")
-    assert [ppd_mujoco.distill_coef_at(args, 0.3, x) for x in (-1.0, 0.0, 0.25, 1.0, 1.5)] == [2.0, 2.0, 1.5, 0.0, 0.0]
+    args = ppd_mujoco.Args(distill_coef=(2.0,), distill_coef_decay="return")
+    assert ppd_mujoco.distill_coef_at(args, 0.3, (-1.0, 0.0, 0.25, 1.0, 1.5)) == (2.0, 2.0, 1.5, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("m", "env_id"), [(ppd_mujoco, "Hopper-v4"), pytest.param(ppd_procgen, "CoinrunEasy-v0", marks=needs_procgen)])
 def test_a_run_whose_distill_coef_falls(m, env_id, tmp_path, monkeypatch):
     """λ follows the returns of the finished games and the teacher's own, on the levels of training; the rows say so."""
-    teacher = m.load_teacher(m.Args(env_id=env_id, distill_coef_decay="return"))
+    teacher = m.load_teachers(m.Args(env_id=env_id, distill_coef_decay="return"))[0]
     goal = teacher.about["evaluation"].get("train_levels", teacher.about["evaluation"])["mean"]
     start = m.start
 
@@ -455,7 +455,7 @@ def test_a_run_whose_distill_coef_falls(m, env_id, tmp_path, monkeypatch):
 
 
 def test_a_corrupted_teacher_is_reproducible_and_noisy_everywhere(tiny_teacher, tmp_path):
-    params = ppd_mujoco.load_teacher(ppd_mujoco.Args(teacher=str(tiny_teacher))).frozen.params
+    params = ppd_mujoco.load_teachers(ppd_mujoco.Args(teacher=(str(tiny_teacher),)))[0].frozen.params
     a, b, c = (jax.tree.leaves(ppd_mujoco.corrupt(params, 0.05, seed)) for seed in (0, 0, 1))
     noise = np.concatenate([np.ravel(x - y) for x, y in zip(a, jax.tree.leaves(params), strict=True)])
     assert (noise != 0).all() and abs(noise.std() - 0.05) < 0.01 and abs(noise.mean()) < 0.01
@@ -501,7 +501,9 @@ def test_imperfect_teachers_everywhere(m, env_id, tmp_path, teachers, monkeypatc
 def test_evaluation_counts_the_first_episode_of_each_environment(m, env_id, teachers):
     """The same games played one by one, each alone, give the same returns; envpool seeds environment i with seed + i."""
     if env_id == "Hopper-v4":
-        found = m.load_policy(str(teachers(env_id)))[1:] if m is evaluate else m.load_teacher(m.Args(teacher=str(teachers(env_id))))[2:]
+        path = str(teachers(env_id))
+        found = m.load_policy(path)[1:] if m is evaluate else m.load_teacher(m.Args(teacher=path))[2:] if hasattr(m, "load_teacher") else (
+            m.load_teachers(m.Args(teacher=(path,)))[0][2:])
         policy, frozen = found
         policy_step = lambda x, t: m.act_deterministic(policy, frozen.params, frozen.obs_stats, x)  # noqa: E731
     else:

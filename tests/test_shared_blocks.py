@@ -31,7 +31,7 @@ DIFFERENT = {
     "AP SD": ("warn_if_slow", "Batch", "Teacher", "init_state", "resolve", "update"),
     "MAP SD": ("Networks", "TrainState"),
     "MAPSD": ("Run",),  # they save their teachers
-    "MG AP": ("ppd_terms",),
+    "MAP": ("ppd_terms",),
     "TSD AP": ("Cursor", "NETWORKS", "Network", "Policy", "Rollout", "Value", "draw_noise", "torso"),
     "TSDE AP": ("distribution", "reset"),
     # ppd_gymnax.py has no phantoms, and trains many runs at once
@@ -40,7 +40,7 @@ DIFFERENT = {
 }
 GROUPS = {name: [{LETTERS[letter] for letter in group} for group in groups.split()] for groups, names in DIFFERENT.items() for name in names}
 # Flags whose default, and with it the docstring, is each script's own
-DIFFERENT_FLAGS = {"env_id", "num_steps", "gamma", "ent_coef", "run_dir", "total_timesteps", "eval_episodes", "student_size", "num_devices",
+DIFFERENT_FLAGS = {"teacher", "env_id", "num_steps", "gamma", "ent_coef", "run_dir", "total_timesteps", "eval_episodes", "student_size", "num_devices",
                    "frame_skip", "repeat_action_probability", "start_level", "num_levels"}
 GYMNAX_FLAGS = {"device", "distill_coef", "learning_rate", "num_envs", "num_minibatches", "resume", "seed", "teacher", "teacher_noise_seed"}
 SECTIONS = ["Arguments", "Environments", "Networks", "Mathematics", "Jitted steps", "Files", "Evaluation", "Main"]

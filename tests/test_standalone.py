@@ -71,7 +71,7 @@ def act(path, observations):
 def test_a_model_file_is_read_without_any_script():
     """In the states of an episode that it plays well itself, its actions are those of the scripts."""
     envs = ppd_mujoco.make_envs("Hopper-v4", 1, 7, {"contact_forces": True})
-    teacher = ppd_mujoco.load_teacher(ppd_mujoco.Args(teacher=str(HOPPER)))
+    teacher = ppd_mujoco.load_teachers(ppd_mujoco.Args(teacher=(str(HOPPER),)))[0]
     _, policy, frozen = evaluate.load_policy(str(HOPPER))
     x, total = ppd_mujoco.reset(envs), 0.0
     for _ in range(100):
