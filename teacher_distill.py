@@ -220,7 +220,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
             value = getattr(run, field.name)
             known = value in kinds or type(value) in kinds + [int] * (float in kinds)
-            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float) for x in value):
+            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float | str) for x in value):
                 raise ValueError(f"its {field.name} is {value}")
         args = read(default=run)
         for name, value in vars(run).items():

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from unittest.mock import MagicMock, patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +75,7 @@ def trainer(args: m.Args, taught: bool):
     return run
 
 
-def make_as_before(env_id: str, make: Callable = gymnax.make):
+def make_as_before(make: Callable, env_id: str):
     """An environment of gymnax with the `step` of its first versions, which PureJaxRL expects, and its parameters."""
     env, params = make(env_id)
     new_step = env.step
@@ -104,7 +104,7 @@ def purejaxrl(folder: str, flags: m.Args):
                       "CLIP_EPS": flags.clip_coef, "ENT_COEF": flags.ent_coef, "VF_COEF": flags.vf_coef,
                       "MAX_GRAD_NORM": flags.max_grad_norm, "ACTIVATION": "relu", "ENV_NAME": flags.env_id,
                       "ANNEAL_LR": False}
-            with patch.object(ppo.gymnax, "make", make_as_before):
+            with patch.object(ppo.gymnax, "make", partial(make_as_before, ppo.gymnax.make)):
                 compiled[updates] = jax.jit(ppo.make_train(config)).lower(jax.random.key(0)).compile()
         began = time.perf_counter()
         jax.block_until_ready(compiled[updates](jax.random.key(0)))
@@ -144,7 +144,8 @@ def main(args: Args) -> dict[str, dict[str, float]]:
         print(f"{name:<32} PPO {medians['PPO']:>9,.0f} steps/s   PPD {medians['PPD']:>9,.0f} steps/s   "
               f"{medians['cost']:+.0%} time{theirs}")
     if args.json:
-        about = {"command": " ".join(["python benchmark/speed_gymnax.py", *sys.argv[1:]]),
+        words = ["FOLDER" if word == args.purejaxrl else word for word in sys.argv[1:]]
+        about = {"command": " ".join(["python benchmark/speed_gymnax.py", *words]),
                  "versions": {name: version(name) for name in ("jax", "flax", "gymnax")},
                  "devices": len(jax.devices()), "cores": os.cpu_count(), "rounds": args.rounds, "gymnax": found}
         Path(args.json).write_text(json.dumps(about, indent=2) + "\n")

@@ -70,7 +70,6 @@ BAD = [
     (ppd_mujoco, "--env-id Walker2d-v4", "train a teacher by `python train_teacher.py --env-id Walker2d-v4` and name its file with --teacher"),
     (ppd_mujoco, "--env-id Ant-v4 --teacher {t}", "is for observations and actions of ([11], 3); those of Ant-v4 are ([27], 8)"),
     (ppd_mujoco, "--teacher {t} {x}/ant", "is for observations and actions of ([27], 8); those of Hopper-v4 are ([11], 3)"),
-    (ppd_mujoco, "--teacher {t} {x}/forceless", "{x}/forceless plays with {{'contact_forces': False}}, the first teacher with {{'contact_forces': True}}"),
     (ppd_mujoco, "--teacher {t} {t} --distill-coef 1 2 3", "--distill-coef takes 1 number or 2, as many as teachers"),
     (ppd_mujoco, "--teacher {t} --distill-coef 1 2", "--distill-coef takes 1 number or 1, as many as teachers"),
     (ppd_mujoco, "--teacher {x}/missing", "cannot read {x}/missing: "),
@@ -204,7 +203,6 @@ def spoiled(tiny_teacher, tmp_path_factory):
     save("nameless", lacking=("env_id",))
     save("elsewhere", {"env_id": "Hopper-v1"})
     save("ant", {"observation_shape": [27], "action_dim": 8})
-    save("forceless", {"variant": {"contact_forces": False}})
     save("losing", {"evaluation": about["evaluation"] | {"mean": -3.0}})
     save("infinite", arrays={name: np.full_like(x, np.inf) for name, x in arrays.items()})
     save("skipless", {"env_id": "Pong-v5", "variant": {"frame_skip": 0, "repeat_action_probability": 0.0}})

@@ -62,7 +62,7 @@ def chain(m, monkeypatch, **flags):
         learned = jax.tree.map(jnp.zeros_like, learned)
         state = m.TrainState(learned, m.make_optimizer(args).init(learned), stats,
                              m.Stats(jnp.float32(0), jnp.float32(1), jnp.float32(1e-4)), jnp.zeros(2), None, jax.random.PRNGKey(0), None, None)
-        rollout = m.Rollout(observations[:3], actions, zeros, terminations, truncations, observations[1:], zeros)
+        rollout = m.Rollout(*map(jnp.asarray, (observations[:3], actions, zeros, terminations, truncations, observations[1:], zeros)))
         teacher = m.Frozen({"policy": {"params": params}}, stats)
         _, found = m.learn_ppd(args, networks, teacher, state, rollout, jnp.float32(LAMBDA))
         found = {name: float(x) for name, x in found.items()}
@@ -125,7 +125,7 @@ def test_a_prior_of_skills_and_a_teacher(tmp_path, capsys):
     assert set(numbers) >= {"student", "teacher", "teacher_2"} and numbers["teacher"] != numbers["teacher_2"]
     found = losses(tmp_path / "run")
     assert [(float(row["charts/distill_coef"]), float(row["charts/distill_coef_2"])) for row in found] == [(1, 0.25), (0.5, 0.125), (0, 0)]
-    assert all(float(row["losses/teacher_kl_2"]) > float(row["losses/teacher_kl"]) > 0 for row in found)
+    assert all(float(row["losses/teacher_kl_2"]) != float(row["losses/teacher_kl"]) > 0 for row in found)
 
     results = (tmp_path / "run/results.json").read_text()
     for path in (own, tmp_path / "run/results.json"):
@@ -136,7 +136,8 @@ def test_a_prior_of_skills_and_a_teacher(tmp_path, capsys):
 
 def test_each_teacher_sees_its_own_statistics():
     """The same network with two statistics is two teachers: the divergence of the second is that of its own."""
-    learner, rollout = Learner(ppd_mujoco, False), made_up_rollout(ppd_mujoco, False)
+    learner, rollout = Learner(ppd_mujoco, False, learning_rate=1e-6), made_up_rollout(ppd_mujoco, False)
+    learner.teacher = learner.teacher._replace(params=jax.tree.map(lambda x: 3.0 * x, learner.teacher.params))
     other = learner.teacher._replace(obs_stats=learner.teacher.obs_stats._replace(mean=jnp.full(5, 1.0)))
     networks = learner.networks._replace(teachers=learner.networks.teachers * 2)
     _, both = ppd_mujoco.update(learner.args, networks, (learner.teacher, other), learner.start(), rollout, (0.0, 0.0))
@@ -145,7 +146,7 @@ def test_each_teacher_sees_its_own_statistics():
         (state.params["policy"], learner.teacher.obs_stats), (other.params, other.obs_stats))]
     student, teacher = map(ppd_mujoco.distribution, outputs)
     kl = np.asarray(teacher.kl_divergence(student))[~rollout.phantoms].mean()
-    assert float(both["losses/teacher_kl_2"]) == pytest.approx(kl, rel=0.05)  # the student has hardly moved
+    assert float(both["losses/teacher_kl_2"]) == pytest.approx(kl, rel=1e-2)  # the student has hardly moved
     assert abs(float(both["losses/teacher_kl"]) - kl) > 0.2 * kl
 
 
@@ -157,3 +158,14 @@ def test_two_corrupted_copies_of_a_teacher_of_images(tmp_path):
     numbers = ppd_procgen.main(args)
     assert set(numbers) >= {"teacher", "teacher_2", "corrupted_teacher", "corrupted_teacher_2"} and numbers["teacher"] == numbers["teacher_2"]
     assert all(row["losses/teacher_kl"] != row["losses/teacher_kl_2"] for row in losses(tmp_path / "run"))
+
+
+def test_teachers_that_play_another_way_are_refused(tmp_path, capsys):
+    """Unless a flag says how the student and all of them play."""
+    paths = [made_up_teacher("Pong-v5", tmp_path / f"skip{skip}", {"frame_skip": skip, "repeat_action_probability": 0.0}) for skip in (4, 2)]
+    args = ppd_atari.Args(teacher=tuple(map(str, paths)))
+    with pytest.raises(SystemExit) as ended:
+        ppd_atari.load_teachers(args)
+    assert ended.value.code == 2 and f"error: {paths[1]} plays with {{'frame_skip': 2," in capsys.readouterr().err
+    teachers = ppd_atari.load_teachers(dataclasses.replace(args, frame_skip=3))
+    assert [each.about["variant"]["frame_skip"] for each in teachers] == [3, 3]

@@ -39,7 +39,8 @@ def teacher(env_id):
 def ppd(env_id):
     return PPO | STUDENT | suite_flags(env_id) | {
         "num_steps": 64, "num_minibatches": 3, "gamma": 0.995 if env_id in SLOW else 0.999, "distill_coef": (1.0,),
-        "distill_coef_final": None, "distill_weight": "ratio", "distill_future_coef": 0.0, "distill_coef_decay": "none"}
+        "distill_coef_final": None, "distill_weight": "ratio", "distill_future_coef": 0.0, "distill_coef_decay": "none"} | (
+            {"teacher_mean_clip": False} if env_id in MUJOCO else {})
 
 
 def baseline(env_id):
@@ -78,7 +79,7 @@ def played(m, monkeypatch, **flags):
 
     monkeypatch.setattr(m, "make_envs", make_envs)
     with pytest.raises(Made) as made:
-        m.main(m.Args(**flags))
+        m.main(m.Args(**flags | ({"teacher": (flags["teacher"],)} if m in PPD and "teacher" in flags else {})))
     return made.value.args[0]
 
 

@@ -22,7 +22,7 @@ SCRIPTS = list(LETTERS.values())
 
 # Blocks that differ: groups of scripts that share one text, one letter a script; a script in no group has its own
 DIFFERENT = {
-    "": ("OBSERVATION_SHAPE", "VARIANT", "main"),
+    "": ("OBSERVATION_SHAPE", "VARIANT", "load_teachers", "main"),
     "SD": ("Args", "RANGES", "finish", "load_teacher"),
     "AP": ("act", "ppd_loss"),
     "TSD": ("assess",),
