@@ -57,7 +57,11 @@ DISTILL_COEFS = (0.5, 2.0, 5.0)  # and 1, which larger students have anyway
 SEEDS = (100, 200, 300, 400, 500)
 # PPD with one thing changed, by name; the students of STUDENT_SEEDS all learn from the teachers of seed 100
 VARIANTS = {"ppd": (), "ppd-detached": ("--distill-weight", "detached"), "ppd-future": ("--distill-future-coef", "1"),
-            "ppd-mean-clip": ("--teacher-mean-clip",)}
+            "ppd-mean-clip": ("--teacher-mean-clip",), "ppd-decay": ("--distill-coef-decay", "return"),
+            "ppd-pbt": ("--pbt-interval", "5")}
+BEYOND = {"mujoco": ("ppd", "ppd-detached", "ppd-future", "ppd-mean-clip"),
+          "gymnax": ("ppd", "ppd-detached", "ppd-future")}
+ADAPTIVE = ("ppd", "ppd-decay", "ppd-pbt")  # of corrupted teachers, each with several λ
 STUDENT_SEEDS = (100, 200, 300)
 
 # One run of gymnax learns all of its seeds, and all λ, side by side; λ = 0 is PPO: what a student learns by itself
@@ -71,7 +75,8 @@ MINIATURE = {
                                        "--total-timesteps", "40000", "--eval-episodes", "20")),
 }
 
-EXPERIMENTS = ("teachers", "methods", "imperfect", "lambda", "beyond", "cpu-teachers", "cpu-methods", "cpu-imperfect")
+EXPERIMENTS = ("teachers", "methods", "imperfect", "lambda", "beyond", "adaptive", "cpu-teachers", "cpu-methods",
+               "cpu-imperfect")
 
 
 class Run(NamedTuple):
@@ -123,11 +128,12 @@ def experiments(suite: str) -> Iterator[Run]:
                 yield Run("lambda", suite, task, "ppd", "larger", seed)
             elif suite == "atari":
                 yield from (Run("lambda", suite, task, "ppd", "larger", seed, value) for value in DISTILL_COEFS)
-    if suite in ("mujoco", "gymnax"):
-        for seed in STUDENT_SEEDS if suite == "mujoco" else SEEDS[:1]:
-            yield from (Run("beyond", suite, task, method, size, seed) for task in TASKS[suite]
-                        for size in ("smaller", "larger") for method in VARIANTS
-                        if suite == "mujoco" or method != "ppd-mean-clip")
+    for seed in STUDENT_SEEDS if suite == "mujoco" else SEEDS[:1]:
+        yield from (Run("beyond", suite, task, method, size, seed) for task in TASKS[suite]
+                    for size in ("smaller", "larger") for method in BEYOND.get(suite, ()))
+    if suite == "gymnax":
+        yield from (Run("adaptive", suite, task, method, "larger", SEEDS[0])
+                    for task in TASKS[suite] for method in ADAPTIVE)
     for task in CPU_TASKS.get(suite, ()):
         sizes = tuple(CPU_SIZES)[: 2 if suite == "procgen" else 1]
         yield Run("cpu-teachers", suite, task, "ppo", "smaller", SEEDS[0])
@@ -141,17 +147,17 @@ class Args:
     """All flags of this program; a filter that is not given lets everything pass."""
 
     experiment: tuple[
-        Literal["teachers", "methods", "imperfect", "lambda", "beyond", "cpu-teachers", "cpu-methods", "cpu-imperfect"],
-        ...] = ()
+        Literal["teachers", "methods", "imperfect", "lambda", "beyond", "adaptive", "cpu-teachers", "cpu-methods",
+                "cpu-imperfect"], ...] = ()
     """filter: teachers; every method and size; corrupted teachers; several λ; PPD with a changed distillation term;
-    with cpu-, images at a scale that a CPU can train"""
+    λ that adapts, from corrupted teachers; with cpu-, images at a scale that a CPU can train"""
     suite: tuple[Literal["atari", "mujoco", "procgen", "gymnax"], ...] = ()
     """filter"""
     task: tuple[str, ...] = ()
     """filter, by envpool's or gymnax's name"""
     method: tuple[Literal["ppo", "ppd", "student-distill", "teacher-distill", "ppd-detached", "ppd-future",
-                          "ppd-mean-clip"], ...] = ()
-    """filter; ppo trains teachers; the last three are of the experiment beyond"""
+                          "ppd-mean-clip", "ppd-decay", "ppd-pbt"], ...] = ()
+    """filter; ppo trains teachers; the last five are of the experiments beyond and adaptive"""
     size: tuple[Literal["smaller", "same", "larger", "smaller-512"], ...] = ()
     """filter: the student's size"""
     seed: tuple[int, ...] = ()
@@ -211,7 +217,7 @@ def command(run: Run, args: Args) -> list[str]:
     if run.method != "ppo":
         size = run.size.partition("-")[0]
         words += ["--teacher", teacher_path(run, args), "--student-size", size, *CPU_SIZES.get(run.size, ())]
-        imperfect = run.experiment.endswith("imperfect")
+        imperfect = run.experiment.endswith("imperfect") or run.experiment == "adaptive"
         if run.suite == "gymnax" or imperfect:
             words += ["--teacher-noise-std", str(NOISE_STD if imperfect else 0.0)]
             if imperfect:
@@ -219,8 +225,9 @@ def command(run: Run, args: Args) -> list[str]:
         if run.experiment.startswith("cpu"):
             words += CPU_STUDENT[run.suite]
     words += VARIANTS.get(run.method, ())
-    if run.experiment == "lambda":
-        values = GYMNAX_COEFS if run.distill_coef is None else (run.distill_coef,)
+    if run.experiment in ("lambda", "adaptive"):
+        several = GYMNAX_COEFS if run.experiment == "lambda" else (0.5, 1.0, 2.0, 5.0)
+        values = several if run.distill_coef is None else (run.distill_coef,)
         words += ["--distill-coef", *(f"{value:g}" for value in values)]
     if args.miniature:
         words += MINIATURE[run.suite][1]
@@ -461,7 +468,7 @@ def rows(run: Run, args: Args) -> list[dict[str, Any]]:
     about["steps_per_second"] = round(results["teacher_SPS" if run.method == "ppo" else "student_SPS"])
 
     table = []
-    coefs = flags["distill_coef"] if run.method in VARIANTS else [""]
+    coefs = flags["distill_coef"] if run.method in VARIANTS and run.method != "ppd-pbt" else [""]
     for coef in coefs:
         for i in range(flags["num_seeds"]):
             row = about | {"seed": flags["seed"] + i, "distill_coef": coef}

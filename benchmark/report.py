@@ -52,7 +52,7 @@ def load(folder: Path) -> pd.DataFrame:
     if not tables:
         raise SystemExit(f"error: {folder} has no table of the grid: none of {', '.join(f'{x}.csv' for x in SUITES)}")
     runs = pd.concat(tables, ignore_index=True)
-    own = runs[runs.experiment != "beyond"]  # whose students of all seeds have one teacher
+    own = runs[(runs.experiment != "beyond") | (runs.suite == "gymnax")]  # on MuJoCo all its students have one teacher
     for (_, task, seed), means in own.groupby(["suite", "task", "seed"]).teacher_mean:
         if means.max() - means.min() > 0.01 * means.abs().max():
             print(f"note: {task}, seed {seed}: rows of different teachers or machines, whose returns are "
@@ -322,6 +322,24 @@ def beyond_table(runs: pd.DataFrame, suite: str) -> str:
     return markdown(["students", "task", *(VARIANTS[name] for name in names)], table)
 
 
+def adaptive_table(runs: pd.DataFrame, suite: str) -> str:
+    """λ that adapts, from corrupted teachers: fraction of the original's return, mean and half its 95% interval."""
+    runs = runs[(runs.experiment == "adaptive") & (runs.suite == suite)]
+    tasks, table = sorted(runs.task.unique()), []
+
+    def line(label: str, rows: pd.DataFrame, player: str = "student") -> None:
+        each = [np.concatenate(fractions(rows[rows.task == task], player) or [np.zeros(0)]) for task in tasks]
+        table.append([label, *map(interval_cell, each), aggregate(rows, player)["geometric"]])
+
+    line("the corrupted teacher", runs.drop_duplicates(["task", "seed"]), "corrupted_teacher")
+    for method, what in (("ppd", "λ = {:g}"), ("ppd-decay", "λ falls with the return, from {:g}")):
+        for value, rows in runs[runs.method == method].groupby("distill_coef"):
+            line(what.format(value), rows)
+    if "ppd-pbt" in set(runs.method):
+        line("a population of these λ", runs[runs.method == "ppd-pbt"])
+    return markdown(["", *tasks, "geometric mean"], table)
+
+
 def interval_cell(values: np.ndarray) -> str:
     """The mean of a few seeds and half the width of its 95% confidence interval, as a cell."""
     if len(values) < 2:
@@ -465,6 +483,10 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
             found[f"{suite}-beyond"] = (
                 f"{name}: PPD with one thing changed, as a fraction of the teacher's return; mean and 95% interval "
                 "over seeds\n\n" + beyond_table(runs, suite))
+        if "adaptive" in kinds:
+            found[f"{suite}-adaptive"] = (
+                f"{name}: larger students of corrupted teachers by PPD, as a fraction of the original's return; mean "
+                "and 95% interval over seeds\n\n" + adaptive_table(runs, suite))
         if kinds & {"cpu-methods", "cpu-imperfect"}:
             found[f"{suite}-cpu"] = (
                 f"{name} at CPU scale, {spread(each)}: returns ± standard error over games, and as a fraction of the "

@@ -47,7 +47,8 @@ def test_the_grid_is_the_papers():
     count = {name: sum(run.experiment == name for run in paper) for name in grid.EXPERIMENTS}
     assert count == {"teachers": tasks * seeds, "methods": tasks * 3 * 3 * seeds, "imperfect": 8 * 3 * seeds, "lambda": 4 * 3 * seeds,  # λ = 1 is among the methods
                      "cpu-teachers": 5, "cpu-methods": (4 * 2 + 1) * 3, "cpu-imperfect": 4 * 3,
-                     "beyond": 4 * 2 * 4 * 3}
+                     "beyond": 4 * 2 * 4 * 3, "adaptive": 0}
+    assert {run.method for run in runs if run.experiment == "adaptive"} == set(grid.ADAPTIVE)
     known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
     for suite, table in itertools.product(("atari", "mujoco", "procgen"), (5, 6)):
         named = set(known[(known.table == table) & (known.suite == suite)].env) - {"all"}
@@ -63,13 +64,15 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
         flags = SCRIPTS[words[1]].parse_args(words[2:])
         assert (flags.env_id, flags.seed) == (run.task, run.seed)
         if run.suite == "gymnax":
-            assert (flags.method, flags.num_seeds) == ("ppd" if run.experiment == "beyond" else run.method, 5)
+            assert (flags.method, flags.num_seeds) == ("ppd" if run.method in grid.VARIANTS else run.method, 5)
+            assert (flags.distill_coef_decay == "return", flags.pbt_interval == 5) == (run.method == "ppd-decay", run.method == "ppd-pbt")
+            assert run.experiment != "adaptive" or flags.distill_coef == (0.5, 1, 2, 5)
         if run.experiment == "cpu-teachers":
             assert flags.size == run.size
         if run.method != "ppo":
             assert run.size.startswith(flags.student_size) and run.task in " ".join(flags.teacher)
             assert (flags.student_hidden == (512,)) == run.size.endswith("512")
-            assert flags.teacher_noise_std == (0.05 if run.experiment.endswith("imperfect") else 0.0)
+            assert flags.teacher_noise_std == (0.05 if run.experiment.endswith(("imperfect", "adaptive")) else 0.0)
             assert run.script != "ppd_gymnax.py" or run.experiment != "lambda" or flags.distill_coef == (0, 0.5, 2, 5)
         changed = (run.method == "ppd-detached", run.method == "ppd-future", run.method == "ppd-mean-clip")
         assert run.script.partition("_")[0] != "ppd" or changed == (
@@ -95,9 +98,9 @@ def test_filters_choose_runs_and_the_teachers_they_lack(capsys):
 
 def test_students_of_all_seeds_that_go_beyond_the_paper_have_one_teacher():
     runs = grid.chosen(grid.Args(suite=("mujoco",), experiment=("beyond",), task=("Ant-v4",), size=("smaller",)))
-    assert [(run.method, run.seed) for run in runs] == [(name, seed) for seed in (100, 200, 300) for name in grid.VARIANTS]
+    assert [(run.method, run.seed) for run in runs] == [(name, seed) for seed in (100, 200, 300) for name in grid.BEYOND["mujoco"]]
     assert {grid.teacher_path(run, grid.Args()) for run in runs} == {"teachers/Ant-v4__100.safetensors"}
-    assert set(grid.VARIANTS) == set(report.VARIANTS)
+    assert set(grid.BEYOND["mujoco"]) == set(report.VARIANTS)
 
 
 def test_the_table_beyond_the_paper_by_hand():
@@ -111,6 +114,20 @@ def test_the_table_beyond_the_paper_by_hand():
     assert lines[0] == "| students | task | the paper's | detached |"
     assert lines[2:4] == [f"| smaller | A | 0.60 ± {half:.2f} | 0.90 ± 0.00 |", "| smaller | B | 0.40 ± 0.00 |  |"]
     assert lines[4].startswith("| smaller | geometric mean | 0.59 [0.") and lines[4].endswith(" | 0.90 [0.90, 0.90] |")
+
+
+def test_the_table_of_lambdas_that_adapt_by_hand():
+    """A line for the corrupted teacher, each fixed λ, each that falls, and the population, which has no λ of its own."""
+    about = {"experiment": "adaptive", "suite": "gymnax", "task": "A", "size": "larger", "teacher_mean": 10.0, "corrupted_teacher_mean": 5.0,
+             "command": ""}
+    cases = [("ppd", 1.0, 7.0), ("ppd", 2.0, 8.0), ("ppd-decay", 1.0, 9.0), ("ppd-pbt", float("nan"), 11.0)]
+    runs = pd.DataFrame([about | {"method": method, "distill_coef": coef, "student_mean": mean + 2 * i, "seed": 100 + i}
+                         for method, coef, mean in cases for i in range(2)])
+    half = 12.706205 * 0.1  # of two seeds, 0.2 apart
+    assert report.adaptive_table(runs, "gymnax").splitlines()[2:] == [
+        "| the corrupted teacher | 0.50 ± 0.00 | 0.50 [0.50, 0.50] |", f"| λ = 1 | 0.80 ± {half:.2f} | 0.79 [0.70, 0.90] |",
+        f"| λ = 2 | 0.90 ± {half:.2f} | 0.89 [0.80, 1.00] |", f"| λ falls with the return, from 1 | 1.00 ± {half:.2f} | 0.99 [0.90, 1.10] |",
+        f"| a population of these λ | 1.20 ± {half:.2f} | 1.20 [1.10, 1.30] |"]
 
 
 def start_grid(folder, extra, *flags):
