@@ -976,13 +976,13 @@ def load_teachers(
             x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32)
             params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), own, "policy")
             stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), own, "obs_stats")
+            if about["env_id"] != env_id:
+                if args.distill_coef_decay != "none":
+                    fail(f"--distill-coef-decay return needs teachers of {env_id}; {path} is of {about['env_id']}")
+                print(f"{path} is a teacher of {about['env_id']}, a prior of skills for {env_id}", file=sys.stderr)
             goal = math.inf if args.distill_coef_decay == "none" else float(about["evaluation"]["mean"])
             if not goal > 0:
                 fail(f"--distill-coef-decay return needs a teacher of positive return; that of {path} is {goal}")
-            if about["env_id"] != env_id:
-                if goal < math.inf:
-                    fail(f"--distill-coef-decay return needs teachers of {env_id}; {path} is of {about['env_id']}")
-                print(f"{path} is a teacher of {about['env_id']}, a prior of skills for {env_id}", file=sys.stderr)
             teachers.append(Teacher(about | {"env_id": env_id}, own, policy, Frozen(params, stats), goal))
         first, other = teachers[0].about["variant"], teachers[k].about["variant"]
         if env_id.startswith("Humanoid") and first != other:

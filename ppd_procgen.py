@@ -1084,13 +1084,13 @@ def load_teachers(
                 fail(f"{path} is for observations and actions of {found}; those of {env_id} are {needed}")
             x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.uint8)
             params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), own, "policy")
+            if about["env_id"] != env_id:
+                if args.distill_coef_decay != "none":
+                    fail(f"--distill-coef-decay return needs teachers of {env_id}; {path} is of {about['env_id']}")
+                print(f"{path} is a teacher of {about['env_id']}, a prior of skills for {env_id}", file=sys.stderr)
             goal = math.inf if args.distill_coef_decay == "none" else float(about["evaluation"]["train_levels"]["mean"])
             if not goal > 0:
                 fail(f"--distill-coef-decay return needs a teacher of positive return; that of {path} is {goal}")
-            if about["env_id"] != env_id:
-                if goal < math.inf:
-                    fail(f"--distill-coef-decay return needs teachers of {env_id}; {path} is of {about['env_id']}")
-                print(f"{path} is a teacher of {about['env_id']}, a prior of skills for {env_id}", file=sys.stderr)
             teachers.append(Teacher(about | {"env_id": env_id, "variant": variant}, own, policy, params, goal))
         first, other = teachers[0].about["variant"], teachers[k].about["variant"]
         if first != other:

@@ -70,7 +70,7 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
         if run.experiment == "cpu-teachers":
             assert flags.size == run.size
         if run.method != "ppo":
-            assert run.size.startswith(flags.student_size) and run.task in " ".join(flags.teacher)
+            assert run.size.startswith(flags.student_size) and run.task in str(flags.teacher)
             assert (flags.student_hidden == (512,)) == run.size.endswith("512")
             assert flags.teacher_noise_std == (0.05 if run.experiment.endswith(("imperfect", "adaptive")) else 0.0)
             assert run.script != "ppd_gymnax.py" or run.experiment != "lambda" or flags.distill_coef == (0, 0.5, 2, 5)

@@ -255,7 +255,7 @@ def test_lambda_falls_with_the_return(tmp_path):
     args = m.Args(distill_coef_decay="return")
     found = m.distill_coef_at(args, jnp.array([[2.0], [2.0], [4.0]]), np.array([0.0, 0.5]), jnp.array([[-1.0], [0.25], [2.0]]))
     np.testing.assert_allclose(found, [[2.0, 2.0], [1.5, 1.5], [0.0, 0.0]])
-    m.main(small(tmp_path / "run", distill_coef_decay="return", num_parts=3, eval_episodes=50))
+    m.main(small(tmp_path / "run", distill_coef_decay="return", num_parts=3, total_timesteps=30 * 64, eval_episodes=50))
     goals = [each["mean"] for each in (m.read_file(tmp_path / f"run/teacher_{seed}.safetensors")[0]["evaluation"] for seed in (100, 101))]
     learned = [row for row in rows(tmp_path / "run") if row["phase"] == "student"]
     for i, goal in enumerate(goals):

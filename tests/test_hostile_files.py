@@ -205,7 +205,8 @@ def reader_of_models(m, env_id, path, folder):
                 m.main(m.Args(model=str(path), json=str(path.parent / "json")))
                 raise Reached
             run = str(path.parent / "run")
-            m.main(small_gymnax(run, teacher=str(path)) if m is ppd_gymnax else m.Args(teacher=str(path), run_dir=run))
+            m.main(small_gymnax(run, teacher=str(path)) if m is ppd_gymnax else m.Args(
+                teacher=str(path) if m is student_distill else (str(path),), run_dir=run))
 
     return Reader(folder / "model.safetensors", read)
 

@@ -64,12 +64,13 @@ def learn(m, envs, updates, gamma=0.5, teacher=None, **flags):
     """The loop of main, on a probe; returns the networks, the final state, the statistics, and the last metrics."""
     images, any_suite, baseline = isinstance(envs, Pictures), m in (train_teacher, student_distill), m is student_distill
     ppo = {} if baseline else {"num_minibatches": 4, "gamma": gamma}
+    flags |= {"distill_coef": (flags["distill_coef"],)} if "distill_coef" in flags else {}
     args = m.Args(num_envs=8, num_steps=8 if images else 32, num_devices=1, ent_coef=0.0, **(ppo | {"learning_rate": 3e-3} | flags))
     network = m.Network("nature", (8, 8, 8), (16,)) if images else m.Network("mlp", (), (32,)) if any_suite else (32,)
     if images:
         args = m.Args(**(vars(args) | {"env_id": "Pong-v5", "size" if m is train_teacher else "student_size": "smaller"}))
     policy, value, x = m.Policy(network, 3 if images else 1), m.Value(network), envs.observe()[:1]
-    networks = m.Networks(policy, value, *((policy, value) if baseline else () if m is train_teacher else (policy,)))
+    networks = m.Networks(policy, value, *((policy, value) if baseline else () if m is train_teacher else ((policy,),)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(m, "OBSERVATION_SHAPE", x.shape[1:], raising=False)
         state = m.init_state(args, networks, *((x.shape[1:],) if any_suite else () if images else (2,)))
