@@ -48,7 +48,7 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
         return
     elif "variance" in result:  # benchmark/variance.py
         for found in result["variance"]:
-            ratios = [f"{found[kind]['noise'] / found[kind]['signal']:.1f}" for kind in ("ratio", "detached")]
+            ratios = [f"{found[kind]['noise'] / found[kind]['signal']:.2f}" for kind in ("ratio", "detached")]
             cells = [result["env_id"], str(found["updates"]), f"{found['kl']:.1f}", *ratios]
             assert f"| {' | '.join(cells)} |" in LINES, cells
         return
