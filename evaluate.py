@@ -72,20 +72,13 @@ class Network(NamedTuple):
 class Args:
     """All flags."""
 
-    model: tyro.conf.Positional[str]
-    """model file: teacher.safetensors or student.safetensors of a run, or a shipped teacher"""
-    episodes: int | None = None
-    """episodes, one for each of as many environments; the paper's: 50, but 200 on Procgen; on gymnax 100"""
-    seed: int = 0
-    """seed of the environments, environment i takes seed + i; a run's own evaluation used that run's seed"""
-    repeat_action_probability: float | None = None
-    """Atari: probability that the last action is repeated instead (sticky actions); by default as in training"""
-    json: str | None = None
-    """also write every episode's return to this file"""
-    video: str | None = None
-    """also film one episode: a .gif, or an .mp4 (pip install imageio-ffmpeg)"""
-    video_seconds: float = 10.0
-    """length of the film at most, in the simulation's own time"""
+    model: tyro.conf.Positional[str]  # teacher.safetensors or student.safetensors of a run, or a shipped teacher
+    episodes: int | None = None  # episodes, each the first of its environment; the paper's: 50, but 200 on Procgen
+    seed: int = 0  # seed of the games; environment i takes seed + i, and a run evaluated itself with its own seed
+    repeat_action_probability: float | None = None  # Atari: sticky actions; by default as in training
+    json: str | None = None  # also write every episode's return to this file
+    video: str | None = None  # also film one episode: a .gif, or an .mp4 (pip install imageio-ffmpeg)
+    video_seconds: float = 10.0  # length of the film at most, in the simulation's own time
 
 
 # Smallest and largest value of a flag, and of what a model file says of its task
@@ -402,13 +395,6 @@ def normalize(observations: jax.Array, stats: Stats | None) -> jax.Array:
     return jnp.clip((observations - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
-class Frozen(NamedTuple):
-    """A policy that does not learn: its parameters, and the statistics of its states."""
-
-    params: dict
-    obs_stats: Stats | None
-
-
 P = jax.sharding.PartitionSpec  # how arrays lie on several devices: P() is whole on each
 
 
@@ -517,7 +503,7 @@ def checked(what: str) -> Iterator[None]:
         fail(f"{what}: {type(error).__name__} {error}")
 
 
-def load_policy(path: str) -> tuple[dict, Policy, Frozen]:
+def load_policy(path: str) -> tuple[dict, Policy, dict]:
     """Read a model file: what it says, its policy, parameters and statistics; end the program if it is not one."""
     with checked(f"{path} is no model of this project"):
         about, arrays = read_file(path)
@@ -537,10 +523,10 @@ def load_policy(path: str) -> tuple[dict, Policy, Frozen]:
         x = jax.ShapeDtypeStruct(tuple(shape), jnp.uint8 if suite in ("atari", "procgen") else jnp.float32)
         params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, "policy")
         stats = Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)) if suite in ("mujoco", "states") else None
-        frozen = Frozen(params, fill(stats, arrays, "obs_stats"))
+        params = {"policy": params, "obs_stats": fill(stats, arrays, "obs_stats")}
         layers = "-".join(map(str, network.channels + network.hidden))
         title = f"{env_id} {about['role']}, {kind} {layers}: {about['command']}"
-        return about | {"suite": suite, "title": title, "measured": describe(about["evaluation"])}, policy, frozen
+        return about | {"suite": suite, "title": title, "measured": describe(about["evaluation"])}, policy, params
 
 
 def gymnax_suite(env_id: str) -> str:
@@ -564,12 +550,12 @@ def gymnax_shape(env_id: str) -> tuple[tuple[list[int], int], bool]:
 # ======================================================================================================================
 
 
-def make_policy_step(about: dict, policy: Policy, frozen: Frozen, seed: int) -> Callable:
+def make_policy_step(about: dict, policy: Policy, params: dict, seed: int) -> Callable:
     """Return policy_step(observations, t): the likeliest actions, but sampled ones on Procgen and MinAtar."""
     key = jax.random.PRNGKey(seed)
     if about["suite"] in ("procgen", "minatar"):
-        return lambda observations, t: act_sampled(policy, frozen.params, key, observations, t)
-    return lambda observations, t: act_deterministic(policy, frozen.params, frozen.obs_stats, observations)
+        return lambda observations, t: act_sampled(policy, params["policy"], key, observations, t)
+    return lambda observations, t: act_deterministic(policy, params["policy"], params["obs_stats"], observations)
 
 
 def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
@@ -599,12 +585,12 @@ def open_envs(about: dict, num_envs: int, seed: int, split: Split, **options: An
     return make_envs(about["env_id"], num_envs, EVAL_SEED + seed, about["variant"], split, **options)
 
 
-def assess(about: dict, policy: Policy, frozen: Frozen, episodes: int, seed: int) -> dict[str, Any]:
+def assess(about: dict, policy: Policy, params: dict, episodes: int, seed: int) -> dict[str, Any]:
     """Evaluate a policy as in the paper, in environments of their own seeds.
 
     On Procgen on unseen levels, and apart from them on those of training; on Atari with the human-normalised score.
     """
-    suite, policy_step = about["suite"], make_policy_step(about, policy, frozen, seed)
+    suite, policy_step = about["suite"], make_policy_step(about, policy, params, seed)
     result = evaluate(open_envs(about, episodes, seed, "evaluation"), policy_step)
     if suite == "procgen":
         result["train_levels"] = evaluate(open_envs(about, episodes, seed, "train_levels"), policy_step)
@@ -635,11 +621,11 @@ def load_opengl() -> OSError | None:
     return None
 
 
-def film(about: dict, policy: Policy, frozen: Frozen, seed: int, seconds: float) -> tuple[list[np.ndarray], float]:
+def film(about: dict, policy: Policy, params: dict, seed: int, seconds: float) -> tuple[list[np.ndarray], float]:
     """Return frames [H, W, 3] of the first episode, in real time at about 25 a second, and their exact number."""
     env_id, suite = about["env_id"], about["suite"]
     envs = open_envs(about, 1, seed, "evaluation", render_mode="rgb_array")
-    policy_step, observations, frames = make_policy_step(about, policy, frozen, seed), reset(envs), []
+    policy_step, observations, frames = make_policy_step(about, policy, params, seed), reset(envs), []
     duration = about["variant"]["frame_skip"] / 60 if suite == "atari" else SECONDS_PER_STEP.get(
         env_id.split("-")[0], SECONDS_PER_STEP.get(suite))
     every = max(1, round(0.04 / duration))
@@ -673,14 +659,14 @@ def main(args: Args) -> dict[str, float]:
     """Evaluate the model, write and film what is asked for; returns what it prints."""
     check(args)
     missing = load_opengl() if args.video else None
-    about, policy, frozen = load_policy(args.model)
+    about, policy, params = load_policy(args.model)
     if missing and about["suite"] == "mujoco":
         fail(f"filming needs OpenGL ({missing}); on Debian: apt-get install libegl1 libopengl0 libgl1-mesa-dri")
     if args.repeat_action_probability is not None:
         if about["suite"] != "atari":
             fail(f"--repeat-action-probability is for Atari, not for {about['env_id']}")
         about["variant"] |= {"repeat_action_probability": args.repeat_action_probability}
-    evaluation = assess(about, policy, frozen, args.episodes or EPISODES[about["suite"]], args.seed)
+    evaluation = assess(about, policy, params, args.episodes or EPISODES[about["suite"]], args.seed)
     returns = evaluation["returns"]
     numbers = {"mean": evaluation["mean"], "std": evaluation["std"], "min": min(returns),
                "median": float(np.median(returns)), "max": max(returns)}
@@ -691,7 +677,7 @@ def main(args: Args) -> dict[str, float]:
         said = {name: about[name] for name in ("env_id", "command", "variant")}
         write_atomic(Path(args.json), said | {"seed": args.seed} | numbers | evaluation)
     if args.video:
-        frames, rate = film(about, policy, frozen, args.seed, args.video_seconds)
+        frames, rate = film(about, policy, params, args.seed, args.video_seconds)
         write_video(Path(args.video), frames, rate)
         print(f"{args.video}: {len(frames)} frames, {rate:.0f} a second")
     return numbers

@@ -103,35 +103,24 @@ class Args:
     env_id: str = "Breakout-MinAtar"
     """task, by gymnax's name: CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, MountainCarContinuous-v0,
     Reacher-misc, or Asterix-, Breakout-, Freeway-, Seaquest- or SpaceInvaders-MinAtar"""
-    seed: int = 100
-    """first seed; a seed settles networks, actions, minibatches and environments"""
-    num_seeds: int = 4
-    """seeds learned side by side: --seed and those after it"""
-    total_timesteps: int | None = None
-    """environment steps of each student, rounded up to whole rollouts; by default a fifth of its teacher's, as in the
-    paper"""
-    cnn: bool = False
-    """a convolution and a hidden layer for MinAtar, in place of an MLP on the flattened grid"""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """where all of it runs; gpu is an error where there is none"""
+    seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
+    num_seeds: int = 4  # seeds learned side by side: --seed and those after it
+    total_timesteps: int | None = None  # environment steps of each student; by default a fifth of its teacher's
+    cnn: bool = False  # a convolution and a hidden layer for MinAtar, in place of an MLP on the flattened grid
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where all of it runs; gpu is an error where there is none
 
     # Teacher
     teacher: str | None = None
     """file of a teacher for all seeds, or a run's folder, whose teacher_{seed}.safetensors teaches that seed; by
     default each seed trains its own"""
-    teacher_timesteps: int | None = None
-    """environment steps of each teacher, where it is trained here"""
-    teacher_num_envs: int | None = None
-    """environments stepped in parallel while the teacher is trained; by default --num-envs, where that is given"""
-    teacher_num_steps: int | None = None
-    """steps of each environment in a rollout while the teacher is trained"""
+    teacher_timesteps: int | None = None  # environment steps of each teacher, where it is trained here
+    teacher_num_envs: int | None = None  # environments while the teacher is trained; by default --num-envs
+    teacher_num_steps: int | None = None  # steps of each environment in a rollout while the teacher is trained
     teacher_ent_coef: float | None = None
     """weight of the entropy bonus while the teacher is trained; by default 0.01, but 0.05 for Acrobot and MountainCar,
     whose reward stays the same until the goal is reached by chance"""
-    teacher_noise_std: float = 0.0
-    """standard deviation of Gaussian noise on every parameter of the teacher's policy (the paper's σ, there 0.05)"""
-    teacher_noise_seed: int = 0
-    """seed of that noise for the first seed, and so on"""
+    teacher_noise_std: float = 0.0  # noise on every parameter of the teacher (σ); the paper's: 0 or 0.05
+    teacher_noise_seed: int = 0  # seed of that noise for the first seed, and so on
 
     # Student
     method: Literal["ppd", "student-distill", "teacher-distill", "ppo"] = "ppd"
@@ -139,66 +128,41 @@ class Args:
     ppo trains teachers and no student"""
     student_size: Literal["smaller", "same", "larger"] = "larger"
     """parameters of the student, about 0.25, 1 or 4 times its teacher's"""
-    student_hidden: tuple[int, ...] | None = None
-    """widths of the student's hidden layers; overrides --student-size"""
-    distill_coef: tuple[float, ...] = (1.0,)
-    """weight of the distillation term (the paper's λ); 0 is PPO; several values are as many students of each seed"""
-    distill_coef_final: float | None = None
-    """weight at the end of the run, reached linearly; by default λ stays constant"""
-    distill_coef_decay: Literal["none", "return"] = "none"
-    """return: λ falls as the student's return rises, to 0 at the teacher's (Agarwal et al. 2022)"""
+    student_hidden: tuple[int, ...] | None = None  # widths of the student's hidden layers; overrides --student-size
+    distill_coef: tuple[float, ...] = (1.0,)  # weights of the distillation term (λ), each a student; 0 is PPO
+    distill_coef_final: float | None = None  # λ at the end of the run, reached linearly; by default constant
+    distill_coef_decay: Literal["none", "return"] = "none"  # return: λ falls to 0 as the return rises to the teacher's
     pbt_interval: int | None = None
     """parts after which, of each seed's students of several λ, the worst takes parameters and λ of the best, and 0.8 or
     1.25 times that λ (population based training, as in Schmitt et al. 2018)"""
-    distill_weight: Literal["ratio", "detached"] = "ratio"
-    """factor of the KL divergence, max(r, 1-ε): with its gradient, the paper's, or without"""
-    distill_future_coef: float = 0.0
-    """weight of a reward of -λ KL in the state that an action leads to (β); 0 is the paper's"""
-    teacher_mean_clip: bool = False
-    """clip the mean of the teacher's actions to their bounds, beyond which all actions are the same"""
-    kl_direction: Literal["forward", "reverse"] = "forward"
-    """KL(teacher || student), the paper's, or KL(student || teacher)"""
+    distill_weight: Literal["ratio", "detached"] = "ratio"  # max(r, 1-ε) with its gradient, the paper's, or without
+    distill_future_coef: float = 0.0  # weight of a reward of -λ KL in the next state (β); 0 is the paper's
+    teacher_mean_clip: bool = False  # clip the teacher's mean actions to their bounds in the KL divergence
+    kl_direction: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or KL(student || teacher)
 
     # PPO (the baselines have no epochs, advantages or ratios)
-    learning_rate: float | None = None
-    """step size of Adam, constant"""
-    num_envs: int | None = None
-    """environments stepped in parallel (N); the baselines take fewer, for as many gradient steps as PPD takes"""
-    num_steps: int | None = None
-    """steps of each environment in a student's rollout (T); of the baselines the paper's: 5"""
-    num_minibatches: int = 8
-    """minibatches of an epoch, a divisor of N*T"""
-    update_epochs: int = 4
-    """passes over each rollout"""
-    gamma: float = 0.99
-    """discount factor (γ)"""
-    gae_lambda: float = 0.95
-    """decay of generalised advantage estimation"""
-    clip_coef: float = 0.2
-    """clipping range of the probability ratio (ε)"""
-    ent_coef: float = 0.0
-    """weight of the student's entropy bonus (α); the paper's: 0"""
-    vf_coef: float = 0.5
-    """weight of the value loss, a plain mean squared error"""
-    max_grad_norm: float = 0.5
-    """largest global norm of the gradient, policy and value together"""
+    learning_rate: float | None = None  # step size of Adam, constant
+    num_envs: int | None = None  # environments stepped in parallel (N); the baselines take fewer, for equal updates
+    num_steps: int | None = None  # steps of a student's rollout (T), by default 32; of the baselines the paper's: 5
+    num_minibatches: int = 8  # minibatches of an epoch; by default the fewest of at most 512 samples
+    update_epochs: int = 4  # passes over each rollout
+    gamma: float = 0.99  # discount factor (γ)
+    gae_lambda: float = 0.95  # decay of generalised advantage estimation
+    clip_coef: float = 0.2  # clipping range of the probability ratio (ε)
+    ent_coef: float = 0.0  # weight of the student's entropy bonus (α); the paper's: 0
+    vf_coef: float = 0.5  # weight of the value loss, a plain mean squared error
+    max_grad_norm: float = 0.5  # largest global norm of the gradient, policy and value together
 
     # Output
-    run_dir: str | None = None
-    """folder of the run; by default runs/{env_id}__{script}__{student_size}__{seed}__{unix_time}"""
-    resume: str | None = None
-    """folder of a run to go on with; its flags are the run's, and --total-timesteps cannot extend it"""
-    num_parts: int = 50
-    """parts that each training is cut into; after each there are rows in progress.csv and a checkpoint"""
+    run_dir: str | None = None  # folder; by default runs/{env_id}__{script}__{student_size}__{seed}__{unix_time}
+    resume: str | None = None  # folder of a run to go on with, by its flags
+    num_parts: int = 50  # parts of each training; after each come rows in progress.csv and a checkpoint
     eval_episodes: int = 100
     """episodes of the final evaluation, with raw rewards: deterministic actions on states; sampled ones on MinAtar,
     whose games hardly vary otherwise"""
-    track: bool = False
-    """log to Weights & Biases as well (pip install wandb)"""
-    wandb_project_name: str = "ppd"
-    """project to log to"""
-    wandb_entity: str | None = None
-    """team to log to"""
+    track: bool = False  # log to Weights & Biases as well (pip install wandb)
+    wandb_project_name: str = "ppd"  # project to log to
+    wandb_entity: str | None = None  # team to log to
 
     @property
     def networks(self) -> dict[str, Network]:

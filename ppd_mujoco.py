@@ -45,7 +45,7 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -75,85 +75,44 @@ class Args:
     """All flags."""
 
     # Task
-    env_id: str | None = None
-    """task, by envpool's name: Ant-v4, HalfCheetah-v4, Hopper-v4, Humanoid-v4, Swimmer-v4 (the paper's) or another of
-    Gym's MuJoCo tasks; by default the teacher's, or Hopper-v4"""
-    seed: int = 100
-    """seed of everything (the paper's: 100, 200, 300, 400, 500); environment i takes seed + i, so seeds of one study
-    should lie further apart than --num-envs and --eval-episodes"""
-    total_timesteps: int = 2_000_000
-    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count"""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """where the networks run; gpu is an error where there is none"""
-    num_devices: int | None = None
-    """devices that share an update, a divisor of the minibatch; by default all GPUs, or one core of a CPU"""
+    env_id: str | None = None  # task of envpool's Gym MuJoCo; by default the teacher's, or Hopper-v4
+    seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
+    total_timesteps: int = 2_000_000  # environment steps, rounded up to whole rollouts; resets count
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where the networks run; gpu is an error where there is none
+    num_devices: int | None = None  # devices that share an update, by default all GPUs, or one core of a CPU
 
     # Teacher and student
-    teacher: tuple[str, ...] = ()
-    """files of teachers, by default teachers/{env_id}__100.safetensors beside this script; one of another task with the
-    same observations and actions is a prior of skills"""
-    student_size: Literal["smaller", "same", "larger"] = "larger"
-    """hidden layers of the student: 128-64, 256-256 (the paper's teachers) or 512-512"""
-    student_hidden: tuple[int, ...] | None = None
-    """widths of the student's hidden layers; overrides --student-size"""
-    distill_coef: tuple[float, ...] = (1.0,)
-    """weight of the distillation term (the paper's λ), one for all teachers or one for each; 0 is PPO"""
-    distill_coef_final: float | None = None
-    """weight at the end of the run, reached linearly; by default λ stays constant"""
-    distill_coef_decay: Literal["none", "return"] = "none"
-    """return: λ falls as the student's return rises, to 0 at the teacher's (Agarwal et al. 2022)"""
-    distill_weight: Literal["ratio", "detached"] = "ratio"
-    """factor of the KL divergence, max(r, 1-ε): with its gradient, the paper's, or without"""
-    distill_future_coef: float = 0.0
-    """weight of a reward of -λ KL in the state that an action leads to (β); 0 is the paper's"""
-    teacher_mean_clip: bool = False
-    """clip the mean of the teacher's actions to their bounds, beyond which all actions are the same"""
-    kl_direction: Literal["forward", "reverse"] = "forward"
-    """KL(teacher || student), the paper's, or KL(student || teacher)"""
-    teacher_noise_std: float = 0.0
-    """standard deviation of Gaussian noise on every parameter of the teacher's policy (the paper's σ, there 0.05)"""
-    teacher_noise_seed: int = 0
-    """seed of that noise"""
+    teacher: str | None = None  # its file, by default teachers/{env_id}__100.safetensors beside this script
+    student_size: Literal["smaller", "same", "larger"] = "larger"  # MLP of 128-64, 256-256 (the teacher's) or 512-512
+    student_hidden: tuple[int, ...] | None = None  # widths of the student's hidden layers; overrides --student-size
+    distill_coef: float = 1.0  # weight of the distillation term (λ); 0 is PPO
+    distill_coef_final: float | None = None  # λ at the end of the run, reached linearly; by default constant
+    distill_weight: Literal["ratio", "detached"] = "ratio"  # max(r, 1-ε) with its gradient, the paper's, or without
+    kl_direction: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or KL(student || teacher)
+    teacher_noise_std: float = 0.0  # noise on every parameter of the teacher (σ); the paper's: 0 or 0.05
+    teacher_noise_seed: int = 0  # seed of that noise
 
     # PPO
-    learning_rate: float = 3e-4
-    """step size of Adam, constant"""
-    num_envs: int = 18
-    """environments stepped in parallel (N)"""
-    num_steps: int = 64
-    """steps of each environment in a rollout (T)"""
-    num_minibatches: int | None = None
-    """minibatches of an epoch, a divisor of N*T; by default the fewest of at most 512 samples"""
-    update_epochs: int = 4
-    """passes over each rollout"""
-    gamma: float | None = None
-    """discount factor (γ); the paper's: 0.999, but 0.995 for Hopper and Swimmer"""
-    gae_lambda: float = 0.9
-    """decay of generalised advantage estimation"""
-    clip_coef: float = 0.2
-    """clipping range of the probability ratio (ε)"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus (α)"""
-    vf_coef: float = 0.5
-    """weight of the value loss, a plain mean squared error"""
-    max_grad_norm: float = 0.5
-    """largest global norm of the gradient, policy and value together"""
+    learning_rate: float = 3e-4  # step size of Adam, constant
+    num_envs: int = 18  # environments stepped in parallel (N)
+    num_steps: int = 64  # steps of each environment in a rollout (T)
+    num_minibatches: int | None = None  # minibatches of an epoch; by default the fewest of at most 512 samples
+    update_epochs: int = 4  # passes over each rollout
+    gamma: float | None = None  # discount factor (γ); the paper's: 0.999, but 0.995 for Hopper and Swimmer
+    gae_lambda: float = 0.9  # decay of generalised advantage estimation
+    clip_coef: float = 0.2  # clipping range of the probability ratio (ε)
+    ent_coef: float = 0.0  # weight of the entropy bonus (α)
+    vf_coef: float = 0.5  # weight of the value loss, a plain mean squared error
+    max_grad_norm: float = 0.5  # largest global norm of the gradient, policy and value together
 
     # Output
-    run_dir: str | None = None
-    """folder of the run; by default runs/{env_id}__{script}__{student_size}__{seed}__{unix_time}"""
-    resume: str | None = None
-    """folder of a run to go on with; its flags are the run's, but a larger --total-timesteps extends it"""
-    checkpoint_every: int = 50
-    """updates between checkpoints"""
-    eval_episodes: int = 50
-    """episodes of the final evaluation, with deterministic actions and raw rewards"""
-    track: bool = False
-    """log to Weights & Biases as well (pip install wandb)"""
-    wandb_project_name: str = "ppd"
-    """project to log to"""
-    wandb_entity: str | None = None
-    """team to log to"""
+    run_dir: str | None = None  # folder; by default runs/{env_id}__{script}__{student_size}__{seed}__{unix_time}
+    resume: str | None = None  # folder of a run to go on with, by its flags; --total-timesteps may be larger
+    checkpoint_every: int = 50  # updates between checkpoints
+    eval_episodes: int = 50  # episodes of the final evaluation, with deterministic actions and raw rewards
+    track: bool = False  # log to Weights & Biases as well (pip install wandb)
+    wandb_project_name: str = "ppd"  # project to log to
+    wandb_entity: str | None = None  # team to log to
 
     @property
     def hidden(self) -> tuple[int, ...]:
@@ -179,7 +138,7 @@ RANGES = {
     "eval_episodes": (1, 10**5), "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1.0),
     "gae_lambda": (0, 1.0), "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6),
     "max_grad_norm": (1e-9, 1e9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
-    "distill_future_coef": (0, 1e6), "teacher_noise_std": (0, 1e6), "student_hidden": (1, 65_536),
+    "teacher_noise_std": (0, 1e6), "student_hidden": (1, 65_536),
 }
 MAX_LAYERS = 64
 RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
@@ -240,10 +199,6 @@ def resolve(args: Args) -> Args:
         args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if samples % n == 0))
     if args.num_devices > found or samples % args.num_devices:
         fail(f"--num-devices {args.num_devices} must divide {samples} samples, a minibatch; JAX finds {found} devices")
-    if len(args.distill_coef) not in (1, max(1, len(args.teacher))):
-        fail(f"--distill-coef takes 1 number or {max(1, len(args.teacher))}, as many as teachers")
-    if args.distill_coef_final is not None and args.distill_coef_decay != "none":
-        fail("--distill-coef-final and --distill-coef-decay exclude each other")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -281,12 +236,6 @@ def task_shape(env_id: str) -> tuple[list[int], int]:
         fail(f"unknown MuJoCo task {env_id}; did you mean {', '.join(near)}?")
     spec = import_envpool().make_spec(env_id)
     return list(spec.gymnasium_observation_space.shape), int(spec.gymnasium_action_space.shape[0])
-
-
-def action_bounds(env_id: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the smallest and the largest actions, [A] each."""
-    space = import_envpool().make_spec(env_id).gymnasium_action_space
-    return space.low, space.high
 
 
 def make_envs(env_id: str, num_envs: int, seed: int, variant: dict) -> Any:
@@ -491,27 +440,21 @@ class Batch(NamedTuple):
     advantages: jax.Array  # [B]
     returns: jax.Array  # [B]
     weights: jax.Array  # [B]: 0 for a phantom transition, else 1
-    teachers: tuple  # PPD: each teacher policy's outputs, [B, A] each
-    future: jax.Array | None = None  # PPD: [B], returns of the rewards for the KL divergence ahead
-
-
-def divergence(teacher: distrax.Distribution, pi: distrax.Distribution, kl_direction: str) -> jax.Array:
-    """Return KL(teacher || pi), forward, or KL(pi || teacher), reverse, in closed form."""
-    return teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)
+    teacher: Any  # PPD: the teacher policy's outputs, [B, A] each
 
 
 def ppd_terms(
     outputs: Any, value: jax.Array, sample: Batch, clip_coef: float, kl_direction: str, distill_weight: str
-) -> dict[str, Any]:
-    """Compute the terms of one sample's loss, as scalars (Algorithm 1); those of the teachers are lists.
+) -> dict[str, jax.Array]:
+    """Compute the terms of one sample's loss, as scalars (Algorithm 1).
 
     outputs: of the student's policy, [A] (each); value: of the student, []; sample: its advantage is standardised.
     """
-    pi = distribution(outputs)
+    pi, teacher = distribution(outputs), distribution(sample.teacher)
     log_ratio = pi.log_prob(sample.actions) - sample.log_probs
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_coef, 1.0 + clip_coef)
-    kls = [divergence(distribution(teacher), pi, kl_direction) for teacher in sample.teachers]  # PPD
+    kl = teacher.kl_divergence(pi) if kl_direction == "forward" else pi.kl_divergence(teacher)  # PPD
     weight = jnp.maximum(ratio, 1.0 - clip_coef)  # PPD: the paper's has a gradient, which flows through both factors
     weight = jax.lax.stop_gradient(weight) if distill_weight == "detached" else weight
     return {
@@ -520,24 +463,24 @@ def ppd_terms(
         "entropy": pi.entropy(),
         "approx_kl": ratio - 1.0 - log_ratio,
         "clipfrac": (jnp.abs(ratio - 1.0) > clip_coef).astype(jnp.float32),
-        "distill_loss": [kl * weight for kl in kls],  # PPD
-        "teacher_kl": kls,
+        "distill_loss": kl * weight,  # PPD
+        "teacher_kl": kl,
     }
 
 
 def ppd_loss(
-    outputs: Any, values: jax.Array, batch: Batch, distill_coef: tuple[float, ...], clip_coef: float,
-    ent_coef: float, vf_coef: float, kl_direction: str, distill_weight: str,
-) -> tuple[jax.Array, dict[str, Any]]:
+    outputs: Any, values: jax.Array, batch: Batch, distill_coef: float, clip_coef: float, ent_coef: float,
+    vf_coef: float, kl_direction: str, distill_weight: str,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute the loss of a minibatch and its terms, averaged over the samples whose weight is 1.
 
-    outputs: of the student's policy, [B, A] each; values: of the student, [B]; distill_coef: λ of each teacher.
+    outputs: of the student's policy, [B, A] (each); values: of the student, [B].
     """
     each = partial(ppd_terms, clip_coef=clip_coef, kl_direction=kl_direction, distill_weight=distill_weight)
     terms = jax.vmap(each)(outputs, values, batch)
-    terms = jax.tree.map(lambda x: weighted_mean(x, batch.weights), terms)
+    terms = {name: weighted_mean(term, batch.weights) for name, term in terms.items()}
     loss = terms["policy_loss"] + vf_coef * terms["value_loss"] - ent_coef * terms["entropy"]
-    loss += sum(coef * term for coef, term in zip(distill_coef, terms["distill_loss"], strict=True))  # PPD
+    loss += distill_coef * terms["distill_loss"]  # PPD
     return loss, {"loss": loss} | terms
 
 
@@ -549,34 +492,20 @@ def ppd_loss(
 P = jax.sharding.PartitionSpec  # how arrays lie on several devices: P() is whole on each
 
 
-def numbered(name: str, values: Iterable) -> dict[str, Any]:
-    """Name what there is one of for each teacher: name, name_2, name_3."""
-    return {name + f"_{k}" * (k > 1): value for k, value in enumerate(values, 1)}
-
-
 class Networks(NamedTuple):
     """The flax modules; they hold no parameters."""
 
     policy: Policy
     value: Value
-    teachers: tuple[Policy, ...]
-
-
-class Frozen(NamedTuple):
-    """A policy that does not learn: its parameters and its observation statistics."""
-
-    params: dict
-    obs_stats: Stats
+    teacher: Policy
 
 
 class Teacher(NamedTuple):
-    """A teacher's file, what it says and its arrays, and the policy made of it."""
+    """A teacher: what its file says, and the policy made of it."""
 
     about: dict
-    arrays: dict[str, np.ndarray]
     policy: Policy
-    frozen: Frozen
-    goal: float  # its mean return, where λ depends on that
+    params: dict  # {"policy": ..., "obs_stats": ...}, as in its file
 
 
 class TrainState(NamedTuple):
@@ -600,8 +529,6 @@ def init_state(args: Args, networks: Networks, observation_dim: int) -> TrainSta
     key, policy_key, value_key = jax.random.split(key, 3)
     x = jnp.zeros((1, observation_dim))
     params = {"policy": networks.policy.init(policy_key, x), "value": networks.value.init(value_key, x)}
-    if args.distill_future_coef:  # PPD: values of the KL divergence ahead
-        params["future"] = networks.value.init(jax.random.fold_in(value_key, 1), x)
     return_stats = Stats(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-4))
     return TrainState(params, make_optimizer(args).init(params), return_stats, jnp.zeros(args.num_envs), key)
 
@@ -647,54 +574,33 @@ def act_deterministic(policy: Policy, params: dict, obs_stats: Stats, observatio
 
 @partial(jax.jit, static_argnames=("args", "networks"), donate_argnames="state")
 def update(
-    args: Args, networks: Networks, teachers: tuple[Frozen, ...], state: TrainState, rollout: Rollout,
-    distill_coef: tuple[float, ...],
+    args: Args, networks: Networks, teacher: dict, state: TrainState, rollout: Rollout, distill_coef: float
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Learn from one rollout; returns the new state and the metrics, averaged over all minibatches."""
     rewards, terminations, truncations, phantoms = (jnp.asarray(x, jnp.float32) for x in rollout[2:])
     dones, weights = jnp.maximum(terminations, truncations), 1.0 - phantoms
 
     # The parameters are still those of the rollout, so its values and log-probabilities are one batched call
-    observations = normalize(rollout.observations, teachers[0].obs_stats)
+    observations = normalize(rollout.observations, teacher["obs_stats"])
     values = networks.value.apply(state.params["value"], observations)
     log_probs = distribution(networks.policy.apply(state.params["policy"], observations[:-1])).log_prob(rollout.actions)
 
-    def teach(observations):  # PPD: each teacher sees its own statistics
-        for policy, teacher in zip(networks.teachers, teachers, strict=True):
-            mean, log_std = policy.apply(teacher.params, normalize(observations, teacher.obs_stats))
-            yield jnp.clip(mean, *action_bounds(args.env_id)) if args.teacher_mean_clip else mean, log_std
-
-    teacher_outputs = tuple(teach(rollout.observations[:-1]))  # PPD: once a rollout, for all epochs
+    teacher_outputs = networks.teacher.apply(teacher["policy"], observations[:-1])  # PPD: once, for all epochs
 
     discounted, sums = discount_forward(rewards, dones, state.discounted, args.gamma)
     return_stats = update_stats(state.return_stats, sums.reshape(-1), weights.reshape(-1))
     rewards = jnp.clip(rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
     advantages, returns = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
-    future = None
-    if args.distill_future_coef:  # PPD: the later KL divergence that an action leads to is a reward with its own values
-        pi = distribution(networks.policy.apply(state.params["policy"], observations[1:]))
-        kls = [divergence(distribution(outputs), pi, args.kl_direction) for outputs in teach(rollout.observations[1:])]
-        kl = sum(coef * kl for coef, kl in zip(distill_coef, kls, strict=True))
-        rewards = -args.distill_future_coef * kl * (1.0 - terminations)
-        values = networks.value.apply(state.params["future"], observations)
-        ahead, future = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
-        advantages += ahead
 
-    batch = Batch(
-        observations[:-1], rollout.actions, log_probs, advantages, returns, weights, teacher_outputs, future)
+    batch = Batch(observations[:-1], rollout.actions, log_probs, advantages, returns, weights, teacher_outputs)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
     optimizer = make_optimizer(args)
 
     def loss_fn(params, samples):
         outputs = networks.policy.apply(params["policy"], samples.observations)
         values = networks.value.apply(params["value"], samples.observations)
-        loss, metrics = ppd_loss(outputs, values, samples, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
-                                 args.kl_direction, args.distill_weight)
-        if args.distill_future_coef:  # PPD
-            errors = networks.value.apply(params["future"], samples.observations) - samples.future
-            metrics["future_loss"] = weighted_mean(errors**2, samples.weights)
-            loss += args.vf_coef * metrics["future_loss"]
-        return loss, metrics
+        return ppd_loss(outputs, values, samples, distill_coef, args.clip_coef, args.ent_coef, args.vf_coef,
+                        args.kl_direction, args.distill_weight)
 
     def add_up(params, part, total):  # on each device
         share, found = part.weights.sum() / total, jax.grad(loss_fn, has_aux=True)(params, part)
@@ -717,8 +623,7 @@ def update(
     orders = jax.vmap(jax.random.permutation, (0, None))(epoch_keys, args.batch_size)
     minibatches = orders.reshape(args.update_epochs * args.num_minibatches, -1)
     (params, opt_state), metrics = jax.lax.scan(train_minibatch, (state.params, state.opt_state), minibatches)
-    named = [numbered(f"losses/{name}", jax.tree.leaves(values)) for name, values in metrics.items()]
-    metrics = {name: values.mean() for each in named for name, values in each.items()}
+    metrics = {f"losses/{name}": values.mean() for name, values in metrics.items()}
     state = TrainState(params, opt_state, return_stats, discounted, key)
     return jax.lax.with_sharding_constraint(state, replicated(args.num_devices)), metrics
 
@@ -858,13 +763,12 @@ class Run:
             self.tracker.log(finite, step=step, commit=True)  # a step that W&B has had before a crash, it leaves out
         self.logged |= {"bytes": self.file.tell(), "step": step, "SPS": sps, "seconds": seconds}
 
-    def save(self, updates: int, state: TrainState, finished: deque, teachers: tuple[Teacher, ...]) -> None:
+    def save(self, updates: int, state: TrainState, finished: deque, teacher: Teacher) -> None:
         """Save all that --resume needs, but for the simulator's own state, which cannot be saved; two files stay."""
         os.fsync(self.file.fileno())  # rows are on the disk before a checkpoint counts on them
-        about = {"updates": updates, "finished": list(finished), "logged": self.logged,
-                 "teachers": [teacher.about for teacher in teachers]}
+        about = {"updates": updates, "finished": list(finished), "logged": self.logged, "teacher": teacher.about}
         path = self.folder / f"checkpoint_{updates * self.batch_size:012d}.safetensors"
-        save_file(path, self.about | about, {"state": state, "teachers": [teacher.arrays for teacher in teachers]})
+        save_file(path, self.about | about, {"state": state, "teacher": teacher.params})
         for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
             old.unlink()
 
@@ -934,10 +838,10 @@ def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
             "returns": returns.tolist()}
 
 
-def assess(args: Args, variant: dict, policy: Policy, frozen: Frozen) -> dict[str, Any]:
+def assess(args: Args, variant: dict, policy: Policy, params: dict) -> dict[str, Any]:
     """Evaluate a policy as in the paper: deterministic actions in --eval-episodes environments of their own seeds."""
     envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed, variant)
-    return evaluate(envs, lambda x, t: act_deterministic(policy, frozen.params, frozen.obs_stats, x))
+    return evaluate(envs, lambda x, t: act_deterministic(policy, params["policy"], params["obs_stats"], x))
 
 
 # ======================================================================================================================
@@ -945,49 +849,33 @@ def assess(args: Args, variant: dict, policy: Policy, frozen: Frozen) -> dict[st
 # ======================================================================================================================
 
 
-def load_teachers(
-    args: Args, saved: dict | None = None, arrays: dict[str, np.ndarray] | None = None
-) -> tuple[Teacher, ...]:
-    """Make the policies of a resumed run's teachers, of --teacher, or of the task's shipped one.
+def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.ndarray] | None = None) -> Teacher:
+    """Make the policy of --teacher or of the task's shipped teacher, or that of a resumed run from its checkpoint.
 
     End the program if there is no such file, if it is not what it says, or if it does not fit the task.
     """
-    env_id, teachers = args.env_id or (None if args.teacher else "Hopper-v4"), []
-    shipped = str(Path(__file__).parent / f"teachers/{env_id}__100.safetensors")
+    env_id = args.env_id or (None if args.teacher else "Hopper-v4")
+    shipped = Path(__file__).parent / f"teachers/{env_id}__100.safetensors"
+    path, prefix = args.resume or args.teacher or shipped, "teacher/" if saved else ""
     if env_id:
         task_shape(env_id)
-    if not args.teacher and not saved and not os.path.exists(shipped):
-        fail(f"there is no {shipped}; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file "
+    if path == shipped and not shipped.exists():
+        fail(f"there is no {path}; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file "
              "with --teacher")
-    for k, path in enumerate(args.teacher or (shipped,)):
-        path = args.resume or path
-        with checked(f"{path} is no model of a MuJoCo task"):
-            if saved:
-                about, prefix = saved["teachers"][k], f"teachers/{k}/"
-                own = {name[len(prefix):]: x for name, x in arrays.items() if name.startswith(prefix)}
-            else:
-                about, own = read_file(path)
-            env_id = env_id or about["env_id"]
-            if about["network"]["kind"] != "mlp" or type(about["variant"]["contact_forces"]) is not bool:
-                raise ValueError(f"it is of the kind {about['network']['kind']}, {about['variant']}")
-            policy = Policy(tuple(about["network"]["hidden"][:MAX_LAYERS]), about["action_dim"])
-            if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(env_id)):
-                fail(f"{path} is for observations and actions of {found}; those of {env_id} are {needed}")
-            x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32)
-            params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), own, "policy")
-            stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), own, "obs_stats")
-            if about["env_id"] != env_id:
-                if args.distill_coef_decay != "none":
-                    fail(f"--distill-coef-decay return needs teachers of {env_id}; {path} is of {about['env_id']}")
-                print(f"{path} is a teacher of {about['env_id']}, a prior of skills for {env_id}", file=sys.stderr)
-            goal = math.inf if args.distill_coef_decay == "none" else float(about["evaluation"]["mean"])
-            if not goal > 0:
-                fail(f"--distill-coef-decay return needs a teacher of positive return; that of {path} is {goal}")
-            teachers.append(Teacher(about | {"env_id": env_id}, own, policy, Frozen(params, stats), goal))
-        first, other = teachers[0].about["variant"], teachers[k].about["variant"]
-        if env_id.startswith("Humanoid") and first != other:
-            fail(f"{path} plays with {other}, the first teacher with {first}")
-    return tuple(teachers)
+    with checked(f"{path} is no model of a MuJoCo task"):
+        about, arrays = (saved["teacher"], arrays) if saved else read_file(path)
+        env_id = env_id or about["env_id"]
+        if about["network"]["kind"] != "mlp" or type(about["variant"]["contact_forces"]) is not bool:
+            raise ValueError(f"it is of the kind {about['network']['kind']}, {about['variant']}")
+        policy = Policy(tuple(about["network"]["hidden"][:MAX_LAYERS]), about["action_dim"])
+        if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(env_id)):
+            fail(f"{path} is for observations and actions of {found}; those of {env_id} are {needed}")
+        x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32)
+        params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, prefix + "policy")
+        stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, prefix + "obs_stats")
+        if about["env_id"] != env_id:
+            print(f"{path} is a teacher of {about['env_id']}, a prior of skills for {env_id}", file=sys.stderr)
+    return Teacher(about | {"env_id": env_id}, policy, {"policy": params, "obs_stats": stats})
 
 
 def corrupt(params: dict, std: float, seed: int) -> dict:
@@ -997,16 +885,10 @@ def corrupt(params: dict, std: float, seed: int) -> dict:
     return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
 
 
-def distill_coef_at(args: Args, fraction: float, reached: Sequence[float]) -> tuple[float, ...]:
-    """Return each teacher's λ at this fraction of the run, from 0 to 1: constant, linear, or falling with the return.
-
-    reached: the student's recent return, as a fraction of each teacher's.
-    """
-    coefs = args.distill_coef * (len(reached) if len(args.distill_coef) == 1 else 1)
-    if args.distill_coef_decay == "return":
-        return tuple(coef * float(np.clip(1.0 - x, 0.0, 1.0)) for coef, x in zip(coefs, reached, strict=True))
-    final = args.distill_coef_final
-    return coefs if final is None else tuple(coef + fraction * (final - coef) for coef in coefs)
+def distill_coef_at(args: Args, fraction: float) -> float:
+    """Return λ at this fraction of the run, from 0 to 1: constant, or linear in it."""
+    end = args.distill_coef if args.distill_coef_final is None else args.distill_coef_final
+    return args.distill_coef + fraction * (end - args.distill_coef)
 
 
 def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> None:
@@ -1016,10 +898,10 @@ def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> Non
             raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
 
 
-def finish(args: Args, run: Run, players: dict, params: dict, teacher: Teacher) -> dict[str, float]:
+def finish(args: Args, run: Run, players: dict, teacher: Teacher) -> dict[str, float]:
     """Evaluate all players on the same games, write student.safetensors and results.json, and print the outcome.
 
-    players: policy and parameters by name; params: of the student's policy and value. Returns the means and the ratio.
+    players: policy and parameters of each by name. Returns the means and the ratio.
     """
     results = {name: assess(args, teacher.about["variant"], *player) for name, player in players.items()}
     numbers = {name: found["mean"] for name, found in results.items()}
@@ -1027,7 +909,7 @@ def finish(args: Args, run: Run, players: dict, params: dict, teacher: Teacher) 
     numbers |= {"ratio": math.nan if ratio is None else ratio} | {name: run.logged[name] for name in ("SPS", "seconds")}
     network = {"kind": "mlp", "channels": [], "hidden": list(args.hidden)}
     model = teacher.about | run.about | {"role": "student", "network": network, "evaluation": results["student"]}
-    save_file(run.folder / "student.safetensors", model, params | {"obs_stats": teacher.frozen.obs_stats})
+    save_file(run.folder / "student.safetensors", model, players["student"][1])
     write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)
     for name, found in results.items():
         print(f"{name.replace('_', ' '):<18} {found['mean']:>10,.1f} ± {found['std']:,.1f} "
@@ -1046,18 +928,15 @@ def main(args: Args) -> dict[str, float]:
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     saved, arrays = load_checkpoint(args.resume) if args.resume else (None, {})
-    teachers = load_teachers(args, saved, arrays)
-    teacher = teachers[0]
+    teacher = load_teacher(args, saved, arrays)
     args = resolve(dataclasses.replace(args, env_id=teacher.about["env_id"]))
-    taught = tuple(
-        each.frozen._replace(params=corrupt(each.frozen.params, args.teacher_noise_std, args.teacher_noise_seed + k))
-        for k, each in enumerate(teachers))
+    noisy = corrupt(teacher.params["policy"], args.teacher_noise_std, args.teacher_noise_seed)
+    taught = teacher.params | {"policy": noisy}
 
     first = saved["updates"] if saved else 0
     seed = (args.seed + first * args.num_envs) % EVAL_SEED  # going on, it plays new games
     envs = make_envs(args.env_id, args.num_envs, seed, teacher.about["variant"])
-    networks = Networks(
-        Policy(args.hidden, teacher.policy.action_dim), Value(args.hidden), tuple(each.policy for each in teachers))
+    networks = Networks(Policy(args.hidden, teacher.policy.action_dim), Value(args.hidden), teacher.policy)
     state, cursor = init_state(args, networks, envs.observation_space.shape[0]), start(envs)
     if saved:
         with checked(f"{args.resume} holds no state of this run"):
@@ -1072,40 +951,38 @@ def main(args: Args) -> dict[str, float]:
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
         if not saved:
-            run.save(0, state, cursor.finished, teachers)
+            run.save(0, state, cursor.finished, teacher)
         for iteration in bar:
             # Collect
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, networks.policy.action_dim))
-            policy_step = partial(act, networks.policy, state.params["policy"], taught[0].obs_stats, noise)
+            policy_step = partial(act, networks.policy, state.params["policy"], taught["obs_stats"], noise)
             rollout = collect(envs, cursor, policy_step, args.num_steps)
 
             # Update
-            episodic_return = np.mean(cursor.finished) if cursor.finished else math.nan
-            reached = [episodic_return / each.goal if cursor.finished else 0.0 for each in teachers]
-            distill_coef = distill_coef_at(args, (iteration - 1) / max(1, args.num_updates - 1), reached)  # PPD
+            distill_coef = distill_coef_at(args, (iteration - 1) / max(1, args.num_updates - 1))  # PPD
             state, metrics = update(args, networks, taught, state._replace(key=key), rollout, distill_coef)
-            metrics = numbered("charts/distill_coef", distill_coef) | {name: float(x) for name, x in metrics.items()}
+            metrics = {"charts/distill_coef": distill_coef} | {name: float(x) for name, x in metrics.items()}
             check_finite(metrics, iteration, run.folder)
 
             # Log
+            episodic_return = np.mean(cursor.finished) if cursor.finished else math.nan
             run.log(iteration * args.batch_size, {"charts/episodic_return": episodic_return} | metrics)
             bar.set_postfix_str(f"return {episodic_return:.0f}, KL {metrics['losses/teacher_kl']:.3f}", refresh=False)
 
             # Save
             interrupted = run.signal is not None
             if interrupted or iteration % args.checkpoint_every == 0 or iteration == args.num_updates:
-                run.save(iteration, state, cursor.finished, teachers)
+                run.save(iteration, state, cursor.finished, teacher)
             if interrupted:
                 run.stop()
     if run.signal is not None:  # it came while the last checkpoint was saved
         run.stop()
     envs.close()
-    student = teacher.frozen._replace(params=state.params["policy"])
-    players = {"student": (networks.policy, student)}
-    players |= numbered("teacher", [(each.policy, each.frozen) for each in teachers])
+    student = teacher.params | jax.device_get(state.params)
+    players = {"student": (networks.policy, student), "teacher": (teacher.policy, teacher.params)}
     if args.teacher_noise_std:
-        players |= numbered("corrupted_teacher", zip(networks.teachers, taught, strict=True))
-    return finish(args, run, players, state.params, teacher)
+        players["corrupted_teacher"] = (teacher.policy, taught)
+    return finish(args, run, players, teacher)
 
 
 if __name__ == "__main__":

@@ -94,79 +94,42 @@ class Args:
     """All flags."""
 
     # Task
-    env_id: str | None = None
-    """task, by envpool's name: an Atari game (Pong-v5, ...), one of Gym's MuJoCo tasks (Hopper-v4, ...) or a Procgen
-    game (CoinrunEasy-v0, ...); by default the teacher's, or Hopper-v4"""
-    frame_skip: int | None = None
-    """Atari: frames for which each action is repeated; by default as many as the teacher learned with"""
-    repeat_action_probability: float | None = None
-    """Atari: probability that the last action is repeated instead (sticky actions; ALE's v5 tasks have 0.25); by
-    default the teacher's"""
-    start_level: int | None = None
-    """Procgen: first level to learn on; by default the teacher's"""
-    num_levels: int | None = None
-    """Procgen: levels to learn on; all later ones are for the test; by default as many as the teacher learned on"""
-    seed: int = 100
-    """seed of everything (the paper's: 100, 200, 300, 400, 500); environment i takes seed + i, so seeds of one study
-    should lie further apart than --num-envs and --eval-episodes"""
-    total_timesteps: int = 2_000_000
-    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count"""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """where the networks run; gpu is an error where there is none"""
-    num_devices: int | None = None
-    """devices that share the networks' work, a divisor of --num-envs; by default all GPUs, all cores of a CPU for
-    images, or one for states"""
+    env_id: str | None = None  # task of Atari, MuJoCo or Procgen; by default the teacher's, or Hopper-v4
+    frame_skip: int | None = None  # Atari: frames for which an action is repeated; by default the teacher's
+    repeat_action_probability: float | None = None  # Atari: probability of sticky actions; by default the teacher's
+    start_level: int | None = None  # Procgen: first level to learn on; by default the teacher's
+    num_levels: int | None = None  # Procgen: levels to learn on, not to be tested on; by default the teacher's
+    seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
+    total_timesteps: int = 2_000_000  # environment steps, rounded up to whole rollouts; resets count
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where the networks run; gpu is an error where there is none
+    num_devices: int | None = None  # devices that share the work, by default all GPUs, or cores where there are images
 
     # Teacher and student
-    teacher: str | None = None
-    """file of the teacher; by default teachers/{env_id}__100.safetensors beside this script"""
-    student_size: Literal["smaller", "same", "larger"] = "larger"
-    """networks of the student; of states: an MLP of 128-64, 256-256 (the paper's teachers) or 512-512 units; of images:
-    Nature-CNN with 64 units, IMPALA-CNN with 16, 32, 32 filters and 256 units (the paper's teachers), or IMPALA-CNN
-    with 32, 64, 64 filters and 1024 units"""
-    student_channels: tuple[int, int, int] | None = None
-    """filters of the student's three convolutions (Nature-CNN) or stages (IMPALA-CNN); overrides --student-size"""
-    student_hidden: tuple[int, ...] | None = None
-    """widths of the student's hidden layers; overrides --student-size"""
-    kl_direction: Literal["forward", "reverse"] = "forward"
-    """KL(teacher || student), the paper's, or KL(student || teacher)"""
-    teacher_noise_std: float = 0.0
-    """standard deviation of Gaussian noise on every parameter of the teacher's policy (the paper's σ, there 0.05)"""
-    teacher_noise_seed: int = 0
-    """seed of that noise"""
+    teacher: str | None = None  # its file, by default teachers/{env_id}__100.safetensors beside this script
+    student_size: Literal["smaller", "same", "larger"] = "larger"  # than the teacher: see NETWORKS above
+    student_channels: tuple[int, int, int] | None = None  # filters of the three convolutions or stages
+    student_hidden: tuple[int, ...] | None = None  # widths of the student's hidden layers; overrides --student-size
+    kl_direction: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or KL(student || teacher)
+    teacher_noise_std: float = 0.0  # noise on every parameter of the teacher (σ); the paper's: 0 or 0.05
+    teacher_noise_seed: int = 0  # seed of that noise
 
     # Regression
-    learning_rate: float = 3e-4
-    """step size of Adam, constant"""
-    num_envs: int = 18
-    """environments stepped in parallel (N)"""
-    num_steps: int = 5
-    """steps of each environment in a rollout (T)"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus (α)"""
-    vf_coef: float = 0.5
-    """weight of the value loss, a plain mean squared error"""
-    max_grad_norm: float = 0.5
-    """largest global norm of the gradient, policy and value together"""
+    learning_rate: float = 3e-4  # step size of Adam, constant
+    num_envs: int = 18  # environments stepped in parallel (N)
+    num_steps: int = 5  # steps of each environment in a rollout (T)
+    ent_coef: float = 0.0  # weight of the entropy bonus (α)
+    vf_coef: float = 0.5  # weight of the value loss, a plain mean squared error
+    max_grad_norm: float = 0.5  # largest global norm of the gradient, policy and value together
 
     # Output
-    run_dir: str | None = None
-    """folder of the run; by default runs/{env_id}__{script}__{student_size}__{seed}__{unix_time}"""
-    resume: str | None = None
-    """folder of a run to go on with; its flags are the run's, but a larger --total-timesteps extends it"""
-    checkpoint_every: int = 2000
-    """updates between checkpoints"""
-    log_every: int = 100
-    """updates between rows of progress.csv, each with their means"""
-    eval_episodes: int | None = None
-    """episodes of the final evaluation, with raw rewards; the paper's: 50 with deterministic actions, but 200 with
-    sampled ones on Procgen"""
-    track: bool = False
-    """log to Weights & Biases as well (pip install wandb)"""
-    wandb_project_name: str = "ppd"
-    """project to log to"""
-    wandb_entity: str | None = None
-    """team to log to"""
+    run_dir: str | None = None  # folder; by default runs/{env_id}__{script}__{student_size}__{seed}__{unix_time}
+    resume: str | None = None  # folder of a run to go on with, by its flags; --total-timesteps may be larger
+    checkpoint_every: int = 2000  # updates between checkpoints
+    log_every: int = 100  # updates between rows of progress.csv, each with their means
+    eval_episodes: int | None = None  # episodes of the final evaluation; the paper's: 50, but 200 on Procgen
+    track: bool = False  # log to Weights & Biases as well (pip install wandb)
+    wandb_project_name: str = "ppd"  # project to log to
+    wandb_entity: str | None = None  # team to log to
 
     @property
     def network(self) -> Network:
@@ -594,21 +557,12 @@ class Networks(NamedTuple):
     teacher_value: Value
 
 
-class Frozen(NamedTuple):
-    """A policy that does not learn: its parameters, and the statistics of its states."""
-
-    params: dict
-    obs_stats: Stats | None
-
-
 class Teacher(NamedTuple):
-    """A teacher's file, what it says and its arrays, and the policy and the value made of it."""
+    """A teacher: what its file says, and the policy made of it."""
 
     about: dict
-    arrays: dict[str, np.ndarray]
     policy: Policy
-    frozen: Frozen
-    value: dict
+    params: dict  # {"policy": ..., "value": ..., "obs_stats": ...}, as in its file
 
 
 class TrainState(NamedTuple):
@@ -732,13 +686,13 @@ def act_sampled(policy: Policy, params: dict, key: jax.Array, observations: jax.
 
 @partial(jax.jit, static_argnames=("args", "networks"), donate_argnames="state")
 def update(
-    args: Args, networks: Networks, teacher: Frozen, teacher_value: dict, state: TrainState, rollout: Rollout
+    args: Args, networks: Networks, teacher: dict, state: TrainState, rollout: Rollout
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one gradient step on a rollout; returns the new state and the metrics."""
     apply = partial(apply_in_parts, args.num_devices)
-    observations = normalize(rollout.observations[:-1], teacher.obs_stats)
-    outputs = apply(networks.teacher, teacher.params, observations)
-    values = apply(networks.teacher_value, teacher_value, observations)
+    observations = normalize(rollout.observations[:-1], teacher["obs_stats"])
+    outputs = apply(networks.teacher, teacher["policy"], observations)
+    values = apply(networks.teacher_value, teacher["value"], observations)
     batch = Batch(observations, 1.0 - jnp.asarray(rollout.phantoms, jnp.float32), outputs, values)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
 
@@ -889,13 +843,12 @@ class Run:
             self.tracker.log(finite, step=step, commit=True)  # a step that W&B has had before a crash, it leaves out
         self.logged |= {"bytes": self.file.tell(), "step": step, "SPS": sps, "seconds": seconds}
 
-    def save(self, updates: int, state: TrainState, finished: deque, teachers: tuple[Teacher, ...]) -> None:
+    def save(self, updates: int, state: TrainState, finished: deque, teacher: Teacher) -> None:
         """Save all that --resume needs, but for the simulator's own state, which cannot be saved; two files stay."""
         os.fsync(self.file.fileno())  # rows are on the disk before a checkpoint counts on them
-        about = {"updates": updates, "finished": list(finished), "logged": self.logged,
-                 "teachers": [teacher.about for teacher in teachers]}
+        about = {"updates": updates, "finished": list(finished), "logged": self.logged, "teacher": teacher.about}
         path = self.folder / f"checkpoint_{updates * self.batch_size:012d}.safetensors"
-        save_file(path, self.about | about, {"state": state, "teachers": [teacher.arrays for teacher in teachers]})
+        save_file(path, self.about | about, {"state": state, "teacher": teacher.params})
         for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
             old.unlink()
 
@@ -965,7 +918,7 @@ def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
             "returns": returns.tolist()}
 
 
-def assess(args: Args, variant: dict, policy: Policy, frozen: Frozen) -> dict[str, Any]:
+def assess(args: Args, variant: dict, policy: Policy, params: dict) -> dict[str, Any]:
     """Evaluate a policy as in the paper, in environments of their own seeds: likeliest actions, but sampled on Procgen.
 
     On Procgen on unseen levels, and apart from them on those of training; on Atari with the human-normalised score.
@@ -974,8 +927,8 @@ def assess(args: Args, variant: dict, policy: Policy, frozen: Frozen) -> dict[st
     for split in ("evaluation", "train_levels") if suite == "procgen" else ("evaluation",):
         envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed, variant, split)
         found[split] = evaluate(envs, lambda x, t: (
-            act_sampled(policy, frozen.params, key, x, t) if suite == "procgen"
-            else act_deterministic(policy, frozen.params, frozen.obs_stats, x)))
+            act_sampled(policy, params["policy"], key, x, t) if suite == "procgen"
+            else act_deterministic(policy, params["policy"], params["obs_stats"], x)))
     result = found.pop("evaluation") | found
     random, human = HUMAN.get(args.env_id.split("-")[0], (None, None)) if suite == "atari" else (None, None)
     return result if human is None else result | {"human_normalised": (result["mean"] - random) / (human - random)}
@@ -992,17 +945,14 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
     End the program if there is no such file, or if it is not what it says.
     """
     env_id = args.env_id or "Hopper-v4"
-    path = args.resume or args.teacher or str(Path(__file__).parent / f"teachers/{env_id}__100.safetensors")
+    shipped = Path(__file__).parent / f"teachers/{env_id}__100.safetensors"
+    path, prefix = args.resume or args.teacher or shipped, "teacher/" if saved else ""
     suite_of(env_id)
-    if not args.teacher and not os.path.exists(path):
+    if path == shipped and not shipped.exists():
         fail(f"there is no {path}; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file "
              "with --teacher")
     with checked(f"{path} is no teacher"):
-        if saved:
-            about, prefix = saved["teachers"][0], "teachers/0/"
-            arrays = {name[len(prefix):]: x for name, x in arrays.items() if name.startswith(prefix)}
-        else:
-            about, arrays = read_file(path)
+        about, arrays = (saved["teacher"], arrays) if saved else read_file(path)
         if args.env_id not in (None, about["env_id"]):
             fail(f"{path} is a teacher of {about['env_id']}, not of {args.env_id}")
         suite = suite_of(about["env_id"])
@@ -1014,14 +964,17 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
         if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(about["env_id"])):
             fail(f"{path} is for observations and actions of {found}; those of {about['env_id']} are {needed}")
         x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32 if kind == "mlp" else jnp.uint8)
-        params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, "policy")
-        value = fill(jax.eval_shape(Value(network).init, jax.random.PRNGKey(0), x), arrays, "value")
-        stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, "obs_stats") if kind == "mlp" else None
+        params = {
+            "policy": fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, prefix + "policy"),
+            "value": fill(jax.eval_shape(Value(network).init, jax.random.PRNGKey(0), x), arrays, prefix + "value"),
+            "obs_stats": None}
+        if kind == "mlp":
+            params["obs_stats"] = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, prefix + "obs_stats")
         variant = {name: about["variant"][name] if getattr(args, name, None) is None else getattr(args, name)
                    for name in VARIANTS[suite]}
         if not isinstance(variant.get("contact_forces", True), bool):
             raise ValueError(f"its task was played with {variant}")
-    return Teacher(about | {"variant": variant}, arrays, policy, Frozen(params, stats), value)
+    return Teacher(about | {"variant": variant}, policy, params)
 
 
 def corrupt(params: dict, std: float, seed: int) -> dict:
@@ -1052,10 +1005,10 @@ def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> Non
             raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
 
 
-def finish(args: Args, run: Run, players: dict, params: dict, teacher: Teacher) -> dict[str, float]:
+def finish(args: Args, run: Run, players: dict, teacher: Teacher) -> dict[str, float]:
     """Evaluate all players on the same games, write student.safetensors and results.json, and print the outcome.
 
-    players: policy and parameters by name; params: of the student's policy and value. Returns the means and the ratio.
+    players: policy and parameters of each by name. Returns the means and the ratio.
     """
     results = {name: assess(args, teacher.about["variant"], *player) for name, player in players.items()}
     numbers = {name: found["mean"] for name, found in results.items()}
@@ -1063,7 +1016,7 @@ def finish(args: Args, run: Run, players: dict, params: dict, teacher: Teacher) 
     numbers |= {"ratio": math.nan if ratio is None else ratio} | {name: run.logged[name] for name in ("SPS", "seconds")}
     network = args.network._asdict()
     model = teacher.about | run.about | {"role": "student", "network": network, "evaluation": results["student"]}
-    save_file(run.folder / "student.safetensors", model, params | {"obs_stats": teacher.frozen.obs_stats})
+    save_file(run.folder / "student.safetensors", model, players["student"][1])
     write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)
     for name, found in results.items():
         levels = f"; {found['train_levels']['mean']:,.1f} on training levels" if "train_levels" in found else ""
@@ -1086,8 +1039,8 @@ def main(args: Args) -> dict[str, float]:
     teacher = load_teacher(args, saved, arrays)
     flags = {name: value for name, value in teacher.about["variant"].items() if name in RANGES}
     args = resolve(dataclasses.replace(args, env_id=teacher.about["env_id"], **flags))
-    noisy = corrupt(teacher.frozen.params, args.teacher_noise_std, args.teacher_noise_seed)
-    taught = teacher.frozen._replace(params=noisy)
+    noisy = corrupt(teacher.params["policy"], args.teacher_noise_std, args.teacher_noise_seed)
+    taught = teacher.params | {"policy": noisy}
 
     first = saved["updates"] if saved else 0
     seed = (args.seed + first * args.num_envs) % EVAL_SEED  # going on, it plays new games
@@ -1110,15 +1063,15 @@ def main(args: Args) -> dict[str, float]:
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
         if not saved:
-            run.save(0, state, cursor.finished, (teacher,))
+            run.save(0, state, cursor.finished, teacher)
         for iteration in bar:
             # Collect: the teacher acts
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, action_dim), states)
-            policy_step = partial(act, args.num_devices, networks.teacher, taught.params, taught.obs_stats, noise)
+            policy_step = partial(act, args.num_devices, networks.teacher, taught["policy"], taught["obs_stats"], noise)
             rollout = collect(envs, cursor, policy_step, args.num_steps)
 
             # Update
-            state, metrics = update(args, networks, taught, teacher.value, state._replace(key=key), rollout)
+            state, metrics = update(args, networks, taught, state._replace(key=key), rollout)
             metrics = jax.device_get(metrics)
             check_finite(metrics, iteration, run.folder)
             since.append(metrics)
@@ -1135,18 +1088,17 @@ def main(args: Args) -> dict[str, float]:
 
             # Save
             if last or iteration % args.checkpoint_every == 0:
-                run.save(iteration, state, cursor.finished, (teacher,))
+                run.save(iteration, state, cursor.finished, teacher)
             if interrupted:
                 run.stop()
     if run.signal is not None:  # it came while the last checkpoint was saved
         run.stop()
     envs.close()
-    params = jax.device_get(state.params)
-    student = teacher.frozen._replace(params=params["policy"])
-    players = {"student": (networks.policy, student), "teacher": (teacher.policy, teacher.frozen)}
+    student = teacher.params | jax.device_get(state.params)
+    players = {"student": (networks.policy, student), "teacher": (teacher.policy, teacher.params)}
     if args.teacher_noise_std:
         players["corrupted_teacher"] = (teacher.policy, taught)
-    return finish(args, run, players, params, teacher)
+    return finish(args, run, players, teacher)
 
 
 if __name__ == "__main__":

@@ -96,80 +96,43 @@ class Args:
     """All flags."""
 
     # Task
-    env_id: str = "Hopper-v4"
-    """task, by envpool's name: an Atari game (Pong-v5, ...), one of Gym's MuJoCo tasks (Hopper-v4, ...) or a Procgen
-    game (CoinrunEasy-v0, ...)"""
-    frame_skip: int = 4
-    """Atari: frames for which each action is repeated; the paper's text says 1, its code and scores 4"""
-    repeat_action_probability: float = 0.0
-    """Atari: probability that the last action is repeated instead (sticky actions; ALE's v5 tasks have 0.25)"""
-    start_level: int = 0
-    """Procgen: first level to learn on"""
-    num_levels: int = 200
-    """Procgen: levels to learn on; all later ones are for the test"""
-    contact_forces: bool = True
-    """Humanoid: observe contact forces, as in Gym; envpool's own default leaves zeros"""
-    seed: int = 100
-    """seed of everything (the paper's: 100, 200, 300, 400, 500); environment i takes seed + i, so seeds of one study
-    should lie further apart than --num-envs and --eval-episodes"""
-    total_timesteps: int | None = None
-    """environment steps in all, rounded up to whole rollouts; envpool's reset steps count; the paper's: 10 million, but
-    30 on Procgen"""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """where the networks run; gpu is an error where there is none"""
-    num_devices: int | None = None
-    """devices that share the networks' work, a divisor of --num-envs and of the minibatch; by default all GPUs, all
-    cores of a CPU for images, or one for states"""
+    env_id: str = "Hopper-v4"  # task, by envpool's name: of Atari (Pong-v5), MuJoCo or Procgen (CoinrunEasy-v0)
+    frame_skip: int = 4  # Atari: frames for which an action is repeated; the paper's text says 1, its code 4
+    repeat_action_probability: float = 0.0  # Atari: probability of sticky actions; ALE's v5 tasks have 0.25
+    start_level: int = 0  # Procgen: first level to learn on
+    num_levels: int = 200  # Procgen: levels to learn on; all later ones are for the test
+    contact_forces: bool = True  # Humanoid: observe contact forces, as in Gym; envpool's own default leaves zeros
+    seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
+    total_timesteps: int | None = None  # environment steps; the paper's: 10 million, but 30 on Procgen
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where the networks run; gpu is an error where there is none
+    num_devices: int | None = None  # devices that share the work, by default all GPUs, or cores where there are images
 
     # Teacher
-    size: Literal["smaller", "same", "larger"] = "same"
-    """networks of policy and value: same is the paper's for teachers, an MLP of 256-256 units (MuJoCo) or IMPALA-CNN
-    with 16, 32, 32 filters and 256 units; smaller and larger are its students'"""
-    channels: tuple[int, int, int] | None = None
-    """filters of the three convolutions (Nature-CNN) or stages (IMPALA-CNN); overrides --size"""
-    hidden: tuple[int, ...] | None = None
-    """widths of the hidden layers; overrides --size"""
+    size: Literal["smaller", "same", "larger"] = "same"  # the paper's teachers are "same": see NETWORKS above
+    channels: tuple[int, int, int] | None = None  # filters of the three convolutions or stages; overrides --size
+    hidden: tuple[int, ...] | None = None  # widths of the hidden layers; overrides --size
 
     # PPO
-    learning_rate: float = 3e-4
-    """step size of Adam, constant"""
-    num_envs: int = 18
-    """environments stepped in parallel (N)"""
-    num_steps: int | None = None
-    """steps of each environment in a rollout (T); the paper's: 256 on Atari, Hopper and Swimmer, else 512"""
-    num_minibatches: int | None = None
-    """minibatches of an epoch, a divisor of N*T; by default the fewest of at most 512 samples"""
-    update_epochs: int = 4
-    """passes over each rollout"""
-    gamma: float = 0.995
-    """discount factor (γ)"""
-    gae_lambda: float = 0.9
-    """decay of generalised advantage estimation"""
-    clip_coef: float = 0.2
-    """clipping range of the probability ratio (ε)"""
-    ent_coef: float | None = None
-    """weight of the entropy bonus (α); the paper's: 0.01 on Atari, Procgen, Hopper and Swimmer, else 0"""
-    vf_coef: float = 0.5
-    """weight of the value loss, a plain mean squared error"""
-    max_grad_norm: float = 0.5
-    """largest global norm of the gradient, policy and value together"""
+    learning_rate: float = 3e-4  # step size of Adam, constant
+    num_envs: int = 18  # environments stepped in parallel (N)
+    num_steps: int | None = None  # steps of a rollout (T); the paper's: 256 on Atari, Hopper and Swimmer, else 512
+    num_minibatches: int | None = None  # minibatches of an epoch; by default the fewest of at most 512 samples
+    update_epochs: int = 4  # passes over each rollout
+    gamma: float = 0.995  # discount factor (γ)
+    gae_lambda: float = 0.9  # decay of generalised advantage estimation
+    clip_coef: float = 0.2  # clipping range of the probability ratio (ε)
+    ent_coef: float | None = None  # weight of the entropy (α); the paper's: 0.01, but 0 on Ant, HalfCheetah, Humanoid
+    vf_coef: float = 0.5  # weight of the value loss, a plain mean squared error
+    max_grad_norm: float = 0.5  # largest global norm of the gradient, policy and value together
 
     # Output
-    run_dir: str | None = None
-    """folder of the run; by default runs/{env_id}__{script}__{seed}__{unix_time}"""
-    resume: str | None = None
-    """folder of a run to go on with; its flags are the run's, but a larger --total-timesteps extends it"""
-    checkpoint_every: int = 50
-    """updates between checkpoints"""
-    eval_episodes: int | None = None
-    """episodes of the final evaluation, with raw rewards; the paper's: 50 with deterministic actions, but 200 with
-    sampled ones on Procgen"""
-    track: bool = False
-    """log to Weights & Biases as well (pip install wandb)"""
-    wandb_project_name: str = "ppd"
-    """project to log to"""
-    wandb_entity: str | None = None
-    """team to log to"""
+    run_dir: str | None = None  # folder; by default runs/{env_id}__{script}__{seed}__{unix_time}
+    resume: str | None = None  # folder of a run to go on with, by its flags; --total-timesteps may be larger
+    checkpoint_every: int = 50  # updates between checkpoints
+    eval_episodes: int | None = None  # episodes of the final evaluation; the paper's: 50, but 200 on Procgen
+    track: bool = False  # log to Weights & Biases as well (pip install wandb)
+    wandb_project_name: str = "ppd"  # project to log to
+    wandb_entity: str | None = None  # team to log to
 
     @property
     def network(self) -> Network:
@@ -665,13 +628,6 @@ class Networks(NamedTuple):
     value: Value
 
 
-class Frozen(NamedTuple):
-    """A policy that does not learn: its parameters, and the statistics of its states."""
-
-    params: dict
-    obs_stats: Stats | None
-
-
 class TrainState(NamedTuple):
     """All that learning changes."""
 
@@ -1061,7 +1017,7 @@ def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
             "returns": returns.tolist()}
 
 
-def assess(args: Args, variant: dict, policy: Policy, frozen: Frozen) -> dict[str, Any]:
+def assess(args: Args, variant: dict, policy: Policy, params: dict) -> dict[str, Any]:
     """Evaluate a policy as in the paper, in environments of their own seeds: likeliest actions, but sampled on Procgen.
 
     On Procgen on unseen levels, and apart from them on those of training; on Atari with the human-normalised score.
@@ -1070,8 +1026,8 @@ def assess(args: Args, variant: dict, policy: Policy, frozen: Frozen) -> dict[st
     for split in ("evaluation", "train_levels") if suite == "procgen" else ("evaluation",):
         envs = make_envs(args.env_id, args.eval_episodes, EVAL_SEED + args.seed, variant, split)
         found[split] = evaluate(envs, lambda x, t: (
-            act_sampled(policy, frozen.params, key, x, t) if suite == "procgen"
-            else act_deterministic(policy, frozen.params, frozen.obs_stats, x)))
+            act_sampled(policy, params["policy"], key, x, t) if suite == "procgen"
+            else act_deterministic(policy, params["policy"], params["obs_stats"], x)))
     result = found.pop("evaluation") | found
     random, human = HUMAN.get(args.env_id.split("-")[0], (None, None)) if suite == "atari" else (None, None)
     return result if human is None else result | {"human_normalised": (result["mean"] - random) / (human - random)}
@@ -1110,13 +1066,13 @@ def finish(
 
     shape: of an observation.
     """
-    state = jax.device_get(state)
-    result = assess(args, variant, networks.policy, Frozen(state.params["policy"], state.obs_stats))
+    params = jax.device_get(state.params | {"obs_stats": state.obs_stats})
+    result = assess(args, variant, networks.policy, params)
     numbers = {"teacher": result["mean"]} | {name: run.logged[name] for name in ("SPS", "seconds")}
     network = args.network._asdict()
     model = {"role": "teacher", "network": network, "action_dim": networks.policy.action_dim,
              "observation_shape": shape, "variant": variant, "evaluation": result}
-    save_file(run.folder / "teacher.safetensors", run.about | model, state.params | {"obs_stats": state.obs_stats})
+    save_file(run.folder / "teacher.safetensors", run.about | model, params)
     write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"teacher": result})
     levels = f"; {result['train_levels']['mean']:,.1f} on training levels" if "train_levels" in result else ""
     print(f"{'teacher':<18} {result['mean']:>10,.1f} ± {result['std']:,.1f} "

@@ -21,22 +21,22 @@ LETTERS = {"T": "train_teacher.py", "M": "ppd_mujoco.py", "A": "ppd_atari.py", "
 SCRIPTS = list(LETTERS.values())
 
 # Blocks that differ: groups of scripts that share one text, one letter a script; a script in no group has its own
-DIFFERENT = {
-    "": ("OBSERVATION_SHAPE", "VARIANT", "load_teachers", "main"),
-    "SD": ("Args", "RANGES", "finish", "load_teacher"),
-    "AP": ("act", "ppd_loss"),
-    "TSD": ("assess",),
-    "SDE": ("task_shape",),
-    "TSDE": ("Frozen", "act_deterministic", "make_envs", "normalize", "step"),
-    "AP SD": ("warn_if_slow", "Batch", "Teacher", "init_state", "resolve", "update"),
-    "MAP SD": ("Networks", "TrainState"),
-    "MAPSD": ("Run",),  # they save their teachers
-    "MAP": ("ppd_terms",),
-    "TSD AP": ("Cursor", "NETWORKS", "Network", "Policy", "Rollout", "Value", "draw_noise", "torso"),
-    "TSDE AP": ("distribution", "reset"),
-    # ppd_gymnax.py has no phantoms, and trains many runs at once
-    "TMAPSDE": ("BEGIN", "RESUMABLE", "check_finite", "collect", "compute_gae", "discount_forward", "distill_coef_at", "distill_loss", "evaluate",
-                "make_optimizer", "over_devices", "replicated", "standardize", "update_stats"),
+DIFFERENT = {  # ppd_gymnax.py has no phantoms, and trains many runs at once
+    "": ('OBSERVATION_SHAPE', 'VARIANT', 'main'),
+    "AP": ('act',),
+    "AP SD": ('Batch', 'Teacher', 'init_state', 'resolve', 'update', 'warn_if_slow'),
+    "MAP": ('distill_coef_at', 'ppd_loss', 'ppd_terms'),
+    "MAP SD": ('Networks', 'TrainState'),
+    "MAPSD": ('Run',),
+    "SD": ('Args', 'RANGES', 'distill_loss', 'finish', 'load_teacher'),
+    "SDE": ('task_shape',),
+    "TMAP": ('compute_gae', 'discount_forward', 'standardize', 'update_stats'),
+    "TMAPSD": ('BEGIN', 'RESUMABLE', 'check_finite', 'collect', 'make_optimizer'),
+    "TMAPSDE": ('evaluate', 'over_devices'),
+    "TSD": ('assess',),
+    "TSD AP": ('Cursor', 'NETWORKS', 'Network', 'Policy', 'Rollout', 'Value', 'draw_noise', 'torso'),
+    "TSDE": ('act_deterministic', 'make_envs', 'normalize', 'step'),
+    "TSDE AP": ('distribution', 'reset'),
 }
 GROUPS = {name: [{LETTERS[letter] for letter in group} for group in groups.split()] for groups, names in DIFFERENT.items() for name in names}
 # Flags whose default, and with it the docstring, is each script's own
@@ -80,13 +80,14 @@ def block(text: str, name: str) -> list[str]:
 
 
 def flags(script: str) -> dict[str, tuple[str, str]]:
-    """The flags of a script: type and docstring of each."""
+    """The flags of a script: type, and what is said of each, behind it or below."""
     body = next(node.body for node in ast.parse(source(script)).body if isinstance(node, ast.ClassDef) and node.name == "Args")
-    found = {}
+    found, rows = {}, source(script).splitlines()
     for node, following in zip(body, body[1:] + [None], strict=True):
         if isinstance(node, ast.AnnAssign):
-            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            found[node.target.id] = (ast.unparse(node.annotation), following.value.value if documented else "")
+            below = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            doc = following.value.value if below else rows[node.end_lineno - 1].encode()[node.end_col_offset:].decode().partition("  # ")[2]
+            found[node.target.id] = (ast.unparse(node.annotation), doc)
     return found
 
 
