@@ -81,41 +81,6 @@ class Args:
     video_seconds: float = 10.0  # length of the film at most, in the simulation's own time
 
 
-# Smallest and largest value of a flag, and of what a model file says of its task
-RANGES = {
-    "episodes": (1, 10**5), "seed": (0, 10**9 - 1), "video_seconds": (0.01, 3600.0), "frame_skip": (1, 100),
-    "repeat_action_probability": (0, 1.0), "start_level": (0, 10**9), "num_levels": (1, 10**9),
-}
-MAX_LAYERS = 64
-
-
-def fail(message: str) -> NoReturn:
-    """End the program for bad input: one line on stderr, exit code 2."""
-    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check(args: Args) -> None:
-    """End the program for flags that cannot work, before anything is written."""
-    for name, value in vars(args).items():
-        if name in RANGES and value is not None and not in_range(name, value):
-            low, high = RANGES[name]
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    for path in filter(None, (args.json, args.video)):
-        if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
-            fail(f"cannot write {path}: it is a folder, or there is no folder for it")
-    if args.video and Path(args.video).suffix not in (".gif", ".mp4"):
-        fail(f"--video writes .gif or .mp4, not {args.video}")
-    if args.video and args.video.endswith(".mp4") and importlib.util.find_spec("imageio_ffmpeg") is None:
-        fail(f"an .mp4 needs ffmpeg: pip install imageio-ffmpeg, or write a .gif instead of {args.video}")
-
-
-def in_range(name: str, value: Any) -> bool:
-    """Tell whether a flag, or what a model file says of its task, is a number that can be."""
-    low, high = RANGES.get(name, (False, True))
-    return isinstance(value, int | type(high)) and low <= value <= high
-
-
 # ======================================================================================================================
 # Environments
 # ======================================================================================================================
@@ -648,6 +613,45 @@ def write_video(path: Path, frames: list[np.ndarray], rate: float) -> None:
         "fps": rate, "plugin": "FFMPEG", "macro_block_size": 8}
     with warnings.catch_warnings(action="ignore"):  # JAX warns of any fork, and an .mp4's starts ffmpeg
         write_atomic(path, imageio.imwrite("<bytes>", frames, extension=path.suffix, **options))
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+# Smallest and largest value of a flag, and of what a model file says of its task
+RANGES = {
+    "episodes": (1, 10**5), "seed": (0, 10**9 - 1), "video_seconds": (0.01, 3600.0), "frame_skip": (1, 100),
+    "repeat_action_probability": (0, 1.0), "start_level": (0, 10**9), "num_levels": (1, 10**9),
+}
+MAX_LAYERS = 64
+
+
+def fail(message: str) -> NoReturn:
+    """End the program for bad input: one line on stderr, exit code 2."""
+    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(args: Args) -> None:
+    """End the program for flags that cannot work, before anything is written."""
+    for name, value in vars(args).items():
+        if name in RANGES and value is not None and not in_range(name, value):
+            low, high = RANGES[name]
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+    for path in filter(None, (args.json, args.video)):
+        if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
+            fail(f"cannot write {path}: it is a folder, or there is no folder for it")
+    if args.video and Path(args.video).suffix not in (".gif", ".mp4"):
+        fail(f"--video writes .gif or .mp4, not {args.video}")
+    if args.video and args.video.endswith(".mp4") and importlib.util.find_spec("imageio_ffmpeg") is None:
+        fail(f"an .mp4 needs ffmpeg: pip install imageio-ffmpeg, or write a .gif instead of {args.video}")
+
+
+def in_range(name: str, value: Any) -> bool:
+    """Tell whether a flag, or what a model file says of its task, is a number that can be."""
+    low, high = RANGES.get(name, (False, True))
+    return isinstance(value, int | type(high)) and low <= value <= high
 
 
 # ======================================================================================================================

@@ -131,83 +131,6 @@ class Args:
         return -(-self.total_timesteps // self.batch_size)
 
 
-# Smallest and largest value of a flag, or of each of its numbers
-RANGES = {
-    "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
-    "num_devices": (1, 10**4), "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "seed": (0, 10**9 - 1),
-    "eval_episodes": (1, 10**5), "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1.0),
-    "gae_lambda": (0, 1.0), "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6),
-    "max_grad_norm": (1e-9, 1e9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
-    "teacher_noise_std": (0, 1e6), "student_hidden": (1, 65_536),
-}
-MAX_LAYERS = 64
-RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
-             "wandb_project_name", "wandb_entity")  # flags that may change when a run goes on
-
-
-def fail(message: str) -> NoReturn:
-    """End the program for bad input: one line on stderr, exit code 2."""
-    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
-    read = partial(tyro.cli, Args, args=argv, description=__doc__)
-    args = read()
-    if args.resume is None:
-        return args
-    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
-        flags = load_checkpoint(args.resume)[0]["args"]
-        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
-        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
-        for field in dataclasses.fields(Args):
-            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
-            value = getattr(run, field.name)
-            known = value in kinds or type(value) in kinds + [int] * (float in kinds)
-            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float | str) for x in value):
-                raise ValueError(f"its {field.name} is {value}")
-        args = read(default=run)
-        for name, value in vars(run).items():
-            if name not in RESUMABLE and getattr(args, name) != value:
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
-        if args.total_timesteps < run.total_timesteps:
-            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
-    return args
-
-
-def resolve(args: Args) -> Args:
-    """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
-    if args.gamma is None:
-        args = dataclasses.replace(args, gamma=0.995 if args.env_id.startswith(("Hopper", "Swimmer")) else 0.999)
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    if not 1 <= len(args.hidden) <= MAX_LAYERS:
-        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.hidden)}")
-    if args.num_minibatches is None:
-        divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
-        args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
-    if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
-             f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
-    samples, found = args.batch_size // args.num_minibatches, len(jax.devices())
-    if args.num_devices is None:
-        most = 1 if jax.default_backend() == "cpu" else found
-        args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if samples % n == 0))
-    if args.num_devices > found or samples % args.num_devices:
-        fail(f"--num-devices {args.num_devices} must divide {samples} samples, a minibatch; JAX finds {found} devices")
-    if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
-        fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb")
-    if args.device == "gpu" and jax.default_backend() == "cpu":
-        fail("--device gpu: JAX finds no GPU; pip install 'jax[cuda12]', or use --device cpu")
-    return args
-
-
 # ======================================================================================================================
 # Environments
 # ======================================================================================================================
@@ -482,6 +405,19 @@ def ppd_loss(
     loss = terms["policy_loss"] + vf_coef * terms["value_loss"] - ent_coef * terms["entropy"]
     loss += distill_coef * terms["distill_loss"]  # PPD
     return loss, {"loss": loss} | terms
+
+
+def corrupt(params: dict, std: float, seed: int) -> dict:
+    """Make an imperfect teacher (section 4.2): add Gaussian noise of this standard deviation to every parameter."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
+    return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
+
+
+def distill_coef_at(args: Args, fraction: float) -> float:
+    """Return λ at this fraction of the run, from 0 to 1: constant, or linear in it."""
+    end = args.distill_coef if args.distill_coef_final is None else args.distill_coef_final
+    return args.distill_coef + fraction * (end - args.distill_coef)
 
 
 # ======================================================================================================================
@@ -813,6 +749,35 @@ def load_checkpoint(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
     fail(f"{problems}{folder} holds no checkpoint to go on from")
 
 
+def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.ndarray] | None = None) -> Teacher:
+    """Make the policy of --teacher or of the task's shipped teacher, or that of a resumed run from its checkpoint.
+
+    End the program if there is no such file, if it is not what it says, or if it does not fit the task.
+    """
+    env_id = args.env_id or (None if args.teacher else "Hopper-v4")
+    shipped = Path(__file__).parent / f"teachers/{env_id}__100.safetensors"
+    path, prefix = args.resume or args.teacher or shipped, "teacher/" if saved else ""
+    if env_id:
+        task_shape(env_id)
+    if path == shipped and not shipped.exists():
+        fail(f"there is no {path}; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file "
+             "with --teacher")
+    with checked(f"{path} is no model of a MuJoCo task"):
+        about, arrays = (saved["teacher"], arrays) if saved else read_file(path)
+        env_id = env_id or about["env_id"]
+        if about["network"]["kind"] != "mlp" or type(about["variant"]["contact_forces"]) is not bool:
+            raise ValueError(f"it is of the kind {about['network']['kind']}, {about['variant']}")
+        policy = Policy(tuple(about["network"]["hidden"][:MAX_LAYERS]), about["action_dim"])
+        if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(env_id)):
+            fail(f"{path} is for observations and actions of {found}; those of {env_id} are {needed}")
+        x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32)
+        params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, prefix + "policy")
+        stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, prefix + "obs_stats")
+        if about["env_id"] != env_id:
+            print(f"{path} is a teacher of {about['env_id']}, a prior of skills for {env_id}", file=sys.stderr)
+    return Teacher(about | {"env_id": env_id}, policy, {"policy": params, "obs_stats": stats})
+
+
 # ======================================================================================================================
 # Evaluation
 # ======================================================================================================================
@@ -844,60 +809,6 @@ def assess(args: Args, variant: dict, policy: Policy, params: dict) -> dict[str,
     return evaluate(envs, lambda x, t: act_deterministic(policy, params["policy"], params["obs_stats"], x))
 
 
-# ======================================================================================================================
-# Main
-# ======================================================================================================================
-
-
-def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.ndarray] | None = None) -> Teacher:
-    """Make the policy of --teacher or of the task's shipped teacher, or that of a resumed run from its checkpoint.
-
-    End the program if there is no such file, if it is not what it says, or if it does not fit the task.
-    """
-    env_id = args.env_id or (None if args.teacher else "Hopper-v4")
-    shipped = Path(__file__).parent / f"teachers/{env_id}__100.safetensors"
-    path, prefix = args.resume or args.teacher or shipped, "teacher/" if saved else ""
-    if env_id:
-        task_shape(env_id)
-    if path == shipped and not shipped.exists():
-        fail(f"there is no {path}; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file "
-             "with --teacher")
-    with checked(f"{path} is no model of a MuJoCo task"):
-        about, arrays = (saved["teacher"], arrays) if saved else read_file(path)
-        env_id = env_id or about["env_id"]
-        if about["network"]["kind"] != "mlp" or type(about["variant"]["contact_forces"]) is not bool:
-            raise ValueError(f"it is of the kind {about['network']['kind']}, {about['variant']}")
-        policy = Policy(tuple(about["network"]["hidden"][:MAX_LAYERS]), about["action_dim"])
-        if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(env_id)):
-            fail(f"{path} is for observations and actions of {found}; those of {env_id} are {needed}")
-        x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32)
-        params = fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, prefix + "policy")
-        stats = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, prefix + "obs_stats")
-        if about["env_id"] != env_id:
-            print(f"{path} is a teacher of {about['env_id']}, a prior of skills for {env_id}", file=sys.stderr)
-    return Teacher(about | {"env_id": env_id}, policy, {"policy": params, "obs_stats": stats})
-
-
-def corrupt(params: dict, std: float, seed: int) -> dict:
-    """Make an imperfect teacher (section 4.2): add Gaussian noise of this standard deviation to every parameter."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
-    return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
-
-
-def distill_coef_at(args: Args, fraction: float) -> float:
-    """Return λ at this fraction of the run, from 0 to 1: constant, or linear in it."""
-    end = args.distill_coef if args.distill_coef_final is None else args.distill_coef_final
-    return args.distill_coef + fraction * (end - args.distill_coef)
-
-
-def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> None:
-    """End the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
-    for name, value in metrics.items():
-        if not np.isfinite(value):
-            raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
-
-
 def finish(args: Args, run: Run, players: dict, teacher: Teacher) -> dict[str, float]:
     """Evaluate all players on the same games, write student.safetensors and results.json, and print the outcome.
 
@@ -918,6 +829,99 @@ def finish(args: Args, run: Run, players: dict, teacher: Teacher) -> dict[str, f
         print(f"{name:<18} {numbers[name]:>10,.3f}")
     print(f"{'files':<18} {run.folder}")
     return numbers
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+# Smallest and largest value of a flag, or of each of its numbers
+RANGES = {
+    "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
+    "num_devices": (1, 10**4), "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "seed": (0, 10**9 - 1),
+    "eval_episodes": (1, 10**5), "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1.0),
+    "gae_lambda": (0, 1.0), "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6),
+    "max_grad_norm": (1e-9, 1e9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
+    "teacher_noise_std": (0, 1e6), "student_hidden": (1, 65_536),
+}
+MAX_LAYERS = 64
+RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
+             "wandb_project_name", "wandb_entity")  # flags that may change when a run goes on
+
+
+def fail(message: str) -> NoReturn:
+    """End the program for bad input: one line on stderr, exit code 2."""
+    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
+    read = partial(tyro.cli, Args, args=argv, description=__doc__)
+    args = read()
+    if args.resume is None:
+        return args
+    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
+        flags = load_checkpoint(args.resume)[0]["args"]
+        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
+        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
+        for field in dataclasses.fields(Args):
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
+            value = getattr(run, field.name)
+            known = value in kinds or type(value) in kinds + [int] * (float in kinds)
+            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float | str) for x in value):
+                raise ValueError(f"its {field.name} is {value}")
+        args = read(default=run)
+        for name, value in vars(run).items():
+            if name not in RESUMABLE and getattr(args, name) != value:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+        if args.total_timesteps < run.total_timesteps:
+            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
+    return args
+
+
+def resolve(args: Args) -> Args:
+    """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
+    if args.gamma is None:
+        args = dataclasses.replace(args, gamma=0.995 if args.env_id.startswith(("Hopper", "Swimmer")) else 0.999)
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+    if not 1 <= len(args.hidden) <= MAX_LAYERS:
+        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.hidden)}")
+    if args.num_minibatches is None:
+        divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
+        args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
+    if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
+             f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
+    samples, found = args.batch_size // args.num_minibatches, len(jax.devices())
+    if args.num_devices is None:
+        most = 1 if jax.default_backend() == "cpu" else found
+        args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if samples % n == 0))
+    if args.num_devices > found or samples % args.num_devices:
+        fail(f"--num-devices {args.num_devices} must divide {samples} samples, a minibatch; JAX finds {found} devices")
+    if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
+        fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb")
+    if args.device == "gpu" and jax.default_backend() == "cpu":
+        fail("--device gpu: JAX finds no GPU; pip install 'jax[cuda12]', or use --device cpu")
+    return args
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+
+
+def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> None:
+    """End the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
 
 
 def main(args: Args) -> dict[str, float]:

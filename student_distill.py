@@ -149,80 +149,6 @@ class Args:
         return -(-self.total_timesteps // self.batch_size)
 
 
-# Smallest and largest value of a flag, or of each of its numbers
-RANGES = {
-    "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "checkpoint_every": (1, 10**9),
-    "num_devices": (1, 10**4), "log_every": (1, 10**9), "eval_episodes": (1, 10**5), "seed": (0, 10**9 - 1),
-    "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6),
-    "max_grad_norm": (1e-9, 1e9), "frame_skip": (1, 100), "repeat_action_probability": (0, 1.0),
-    "start_level": (0, 10**9), "num_levels": (1, 10**9), "teacher_noise_std": (0, 1e6), "student_channels": (1, 65_536),
-    "student_hidden": (1, 65_536),
-}
-MAX_LAYERS = 64
-RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
-             "wandb_project_name", "wandb_entity")  # flags that may change when a run goes on
-
-
-def fail(message: str) -> NoReturn:
-    """End the program for bad input: one line on stderr, exit code 2."""
-    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
-    read = partial(tyro.cli, Args, args=argv, description=__doc__)
-    args = read()
-    if args.resume is None:
-        return args
-    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
-        flags = load_checkpoint(args.resume)[0]["args"]
-        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
-        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
-        for field in dataclasses.fields(Args):
-            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
-            value = getattr(run, field.name)
-            known = value in kinds or type(value) in kinds + [int] * (float in kinds)
-            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float | str) for x in value):
-                raise ValueError(f"its {field.name} is {value}")
-        args = read(default=run)
-        for name, value in vars(run).items():
-            if name not in RESUMABLE and getattr(args, name) != value:
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
-        if args.total_timesteps < run.total_timesteps:
-            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
-    return args
-
-
-def resolve(args: Args) -> Args:
-    """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
-    suite = suite_of(args.env_id)
-    if args.eval_episodes is None:
-        args = dataclasses.replace(args, eval_episodes=200 if suite == "procgen" else 50)
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
-        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
-    if suite == "mujoco" and args.student_channels is not None:
-        fail(f"--student-channels is for networks of images; {args.env_id} has states")
-    found = len(jax.devices())
-    if args.num_devices is None:
-        most = 1 if suite == "mujoco" and jax.default_backend() == "cpu" else found
-        args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if args.num_envs % n == 0))
-    if args.num_devices > found or args.num_envs % args.num_devices:
-        fail(f"--num-devices {args.num_devices} must divide {args.num_envs} environments; JAX finds {found} devices")
-    if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
-        fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb")
-    if args.device == "gpu" and jax.default_backend() == "cpu":
-        fail("--device gpu: JAX finds no GPU; pip install 'jax[cuda12]', or use --device cpu")
-    return args
-
-
 # ======================================================================================================================
 # Environments
 # ======================================================================================================================
@@ -538,6 +464,13 @@ def distill_loss(
     terms = {name: weighted_mean(term, batch.weights) for name, term in terms.items()}
     loss = terms["teacher_kl"] - ent_coef * terms["entropy"] + vf_coef * terms["value_loss"]
     return loss, {"loss": loss} | terms
+
+
+def corrupt(params: dict, std: float, seed: int) -> dict:
+    """Make an imperfect teacher (section 4.2): add Gaussian noise of this standard deviation to every parameter."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
+    return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
 
 
 # ======================================================================================================================
@@ -893,6 +826,44 @@ def load_checkpoint(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
     fail(f"{problems}{folder} holds no checkpoint to go on from")
 
 
+def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.ndarray] | None = None) -> Teacher:
+    """Make the policy and the value of a resumed run's teacher, of --teacher, or of the task's shipped one.
+
+    End the program if there is no such file, or if it is not what it says.
+    """
+    env_id = args.env_id or "Hopper-v4"
+    shipped = Path(__file__).parent / f"teachers/{env_id}__100.safetensors"
+    path, prefix = args.resume or args.teacher or shipped, "teacher/" if saved else ""
+    suite_of(env_id)
+    if path == shipped and not shipped.exists():
+        fail(f"there is no {path}; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file "
+             "with --teacher")
+    with checked(f"{path} is no teacher"):
+        about, arrays = (saved["teacher"], arrays) if saved else read_file(path)
+        if args.env_id not in (None, about["env_id"]):
+            fail(f"{path} is a teacher of {about['env_id']}, not of {args.env_id}")
+        suite = suite_of(about["env_id"])
+        kind, channels, hidden = (about["network"][name] for name in Network._fields)
+        if kind not in {network.kind for network in NETWORKS[suite].values()} or len(channels) > 3:
+            raise ValueError(f"its network, {kind} with {len(channels)} convolutions, is none of {about['env_id']}")
+        network = Network(kind, tuple(channels), tuple(hidden[:MAX_LAYERS]))
+        policy = Policy(network, about["action_dim"])
+        if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(about["env_id"])):
+            fail(f"{path} is for observations and actions of {found}; those of {about['env_id']} are {needed}")
+        x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32 if kind == "mlp" else jnp.uint8)
+        params = {
+            "policy": fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, prefix + "policy"),
+            "value": fill(jax.eval_shape(Value(network).init, jax.random.PRNGKey(0), x), arrays, prefix + "value"),
+            "obs_stats": None}
+        if kind == "mlp":
+            params["obs_stats"] = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, prefix + "obs_stats")
+        variant = {name: about["variant"][name] if getattr(args, name, None) is None else getattr(args, name)
+                   for name in VARIANTS[suite]}
+        if not isinstance(variant.get("contact_forces", True), bool):
+            raise ValueError(f"its task was played with {variant}")
+    return Teacher(about | {"variant": variant}, policy, params)
+
+
 # ======================================================================================================================
 # Evaluation
 # ======================================================================================================================
@@ -934,77 +905,6 @@ def assess(args: Args, variant: dict, policy: Policy, params: dict) -> dict[str,
     return result if human is None else result | {"human_normalised": (result["mean"] - random) / (human - random)}
 
 
-# ======================================================================================================================
-# Main
-# ======================================================================================================================
-
-
-def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.ndarray] | None = None) -> Teacher:
-    """Make the policy and the value of a resumed run's teacher, of --teacher, or of the task's shipped one.
-
-    End the program if there is no such file, or if it is not what it says.
-    """
-    env_id = args.env_id or "Hopper-v4"
-    shipped = Path(__file__).parent / f"teachers/{env_id}__100.safetensors"
-    path, prefix = args.resume or args.teacher or shipped, "teacher/" if saved else ""
-    suite_of(env_id)
-    if path == shipped and not shipped.exists():
-        fail(f"there is no {path}; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file "
-             "with --teacher")
-    with checked(f"{path} is no teacher"):
-        about, arrays = (saved["teacher"], arrays) if saved else read_file(path)
-        if args.env_id not in (None, about["env_id"]):
-            fail(f"{path} is a teacher of {about['env_id']}, not of {args.env_id}")
-        suite = suite_of(about["env_id"])
-        kind, channels, hidden = (about["network"][name] for name in Network._fields)
-        if kind not in {network.kind for network in NETWORKS[suite].values()} or len(channels) > 3:
-            raise ValueError(f"its network, {kind} with {len(channels)} convolutions, is none of {about['env_id']}")
-        network = Network(kind, tuple(channels), tuple(hidden[:MAX_LAYERS]))
-        policy = Policy(network, about["action_dim"])
-        if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(about["env_id"])):
-            fail(f"{path} is for observations and actions of {found}; those of {about['env_id']} are {needed}")
-        x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32 if kind == "mlp" else jnp.uint8)
-        params = {
-            "policy": fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, prefix + "policy"),
-            "value": fill(jax.eval_shape(Value(network).init, jax.random.PRNGKey(0), x), arrays, prefix + "value"),
-            "obs_stats": None}
-        if kind == "mlp":
-            params["obs_stats"] = fill(Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)), arrays, prefix + "obs_stats")
-        variant = {name: about["variant"][name] if getattr(args, name, None) is None else getattr(args, name)
-                   for name in VARIANTS[suite]}
-        if not isinstance(variant.get("contact_forces", True), bool):
-            raise ValueError(f"its task was played with {variant}")
-    return Teacher(about | {"variant": variant}, policy, params)
-
-
-def corrupt(params: dict, std: float, seed: int) -> dict:
-    """Make an imperfect teacher (section 4.2): add Gaussian noise of this standard deviation to every parameter."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
-    return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
-
-
-def warn_if_slow(args: Args, policy: Policy, params: dict, observations: np.ndarray) -> None:
-    """Say at once if learning from images will take hours, as there is no GPU: at 5e10 operations a second and core.
-
-    params: of the policy, whose passes and the value's cost the same; observations: [N, ...], of any task.
-    """
-    if jax.default_backend() != "cpu" or observations.dtype != np.uint8:
-        return
-    operations = jax.jit(policy.apply).lower(params, observations[:1]).cost_analysis()["flops"]
-    passes = 3 + 6  # acting, the teacher twice; gradients cost 3 each
-    hours = args.total_timesteps * passes * operations / (5e10 * args.num_devices) / 3600
-    if hours > 3:
-        print(f"without a GPU this takes about {hours:.0f} hours; try --student-size smaller", file=sys.stderr)
-
-
-def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> None:
-    """End the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
-    for name, value in metrics.items():
-        if not np.isfinite(value):
-            raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
-
-
 def finish(args: Args, run: Run, players: dict, teacher: Teacher) -> dict[str, float]:
     """Evaluate all players on the same games, write student.safetensors and results.json, and print the outcome.
 
@@ -1026,6 +926,110 @@ def finish(args: Args, run: Run, players: dict, teacher: Teacher) -> dict[str, f
         print(f"{name:<18} {numbers[name]:>10,.3f}")
     print(f"{'files':<18} {run.folder}")
     return numbers
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+# Smallest and largest value of a flag, or of each of its numbers
+RANGES = {
+    "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "checkpoint_every": (1, 10**9),
+    "num_devices": (1, 10**4), "log_every": (1, 10**9), "eval_episodes": (1, 10**5), "seed": (0, 10**9 - 1),
+    "teacher_noise_seed": (0, 2**32 - 1), "learning_rate": (0, 1e3), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6),
+    "max_grad_norm": (1e-9, 1e9), "frame_skip": (1, 100), "repeat_action_probability": (0, 1.0),
+    "start_level": (0, 10**9), "num_levels": (1, 10**9), "teacher_noise_std": (0, 1e6), "student_channels": (1, 65_536),
+    "student_hidden": (1, 65_536),
+}
+MAX_LAYERS = 64
+RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
+             "wandb_project_name", "wandb_entity")  # flags that may change when a run goes on
+
+
+def fail(message: str) -> NoReturn:
+    """End the program for bad input: one line on stderr, exit code 2."""
+    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
+    read = partial(tyro.cli, Args, args=argv, description=__doc__)
+    args = read()
+    if args.resume is None:
+        return args
+    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
+        flags = load_checkpoint(args.resume)[0]["args"]
+        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
+        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
+        for field in dataclasses.fields(Args):
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
+            value = getattr(run, field.name)
+            known = value in kinds or type(value) in kinds + [int] * (float in kinds)
+            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float | str) for x in value):
+                raise ValueError(f"its {field.name} is {value}")
+        args = read(default=run)
+        for name, value in vars(run).items():
+            if name not in RESUMABLE and getattr(args, name) != value:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+        if args.total_timesteps < run.total_timesteps:
+            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
+    return args
+
+
+def resolve(args: Args) -> Args:
+    """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
+    suite = suite_of(args.env_id)
+    if args.eval_episodes is None:
+        args = dataclasses.replace(args, eval_episodes=200 if suite == "procgen" else 50)
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+    if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
+        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
+    if suite == "mujoco" and args.student_channels is not None:
+        fail(f"--student-channels is for networks of images; {args.env_id} has states")
+    found = len(jax.devices())
+    if args.num_devices is None:
+        most = 1 if suite == "mujoco" and jax.default_backend() == "cpu" else found
+        args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if args.num_envs % n == 0))
+    if args.num_devices > found or args.num_envs % args.num_devices:
+        fail(f"--num-devices {args.num_devices} must divide {args.num_envs} environments; JAX finds {found} devices")
+    if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
+        fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb")
+    if args.device == "gpu" and jax.default_backend() == "cpu":
+        fail("--device gpu: JAX finds no GPU; pip install 'jax[cuda12]', or use --device cpu")
+    return args
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+
+
+def warn_if_slow(args: Args, policy: Policy, params: dict, observations: np.ndarray) -> None:
+    """Say at once if learning from images will take hours, as there is no GPU: at 5e10 operations a second and core.
+
+    params: of the policy, whose passes and the value's cost the same; observations: [N, ...], of any task.
+    """
+    if jax.default_backend() != "cpu" or observations.dtype != np.uint8:
+        return
+    operations = jax.jit(policy.apply).lower(params, observations[:1]).cost_analysis()["flops"]
+    passes = 3 + 6  # acting, the teacher twice; gradients cost 3 each
+    hours = args.total_timesteps * passes * operations / (5e10 * args.num_devices) / 3600
+    if hours > 3:
+        print(f"without a GPU this takes about {hours:.0f} hours; try --student-size smaller", file=sys.stderr)
+
+
+def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> None:
+    """End the run when a loss, the gradient or a parameter is NaN or infinite; the checkpoints stay as they were."""
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
 
 
 def main(args: Args) -> dict[str, float]:

@@ -159,89 +159,6 @@ PAPER = {
 }
 PAPER_TASKS = {"Hopper": {"num_steps": 256, "ent_coef": 0.01}, "Swimmer": {"num_steps": 256, "ent_coef": 0.01}}
 
-# Smallest and largest value of a flag, or of each of its numbers
-RANGES = {
-    "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
-    "num_devices": (1, 10**4), "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "seed": (0, 10**9 - 1),
-    "eval_episodes": (1, 10**5), "learning_rate": (0, 1e3), "gamma": (0, 1.0), "gae_lambda": (0, 1.0),
-    "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
-    "frame_skip": (1, 100), "repeat_action_probability": (0, 1.0), "start_level": (0, 10**9), "num_levels": (1, 10**9),
-    "channels": (1, 65_536), "hidden": (1, 65_536),
-}
-MAX_LAYERS = 64
-RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
-             "wandb_project_name", "wandb_entity")  # flags that may change when a run goes on
-
-
-def fail(message: str) -> NoReturn:
-    """End the program for bad input: one line on stderr, exit code 2."""
-    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
-    read = partial(tyro.cli, Args, args=argv, description=__doc__)
-    args = read()
-    if args.resume is None:
-        return args
-    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
-        flags = load_checkpoint(args.resume)[0]["args"]
-        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
-        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
-        for field in dataclasses.fields(Args):
-            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
-            value = getattr(run, field.name)
-            known = value in kinds or type(value) in kinds + [int] * (float in kinds)
-            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float | str) for x in value):
-                raise ValueError(f"its {field.name} is {value}")
-        args = read(default=run)
-        for name, value in vars(run).items():
-            if name not in RESUMABLE and getattr(args, name) != value:
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
-        if args.total_timesteps < run.total_timesteps:
-            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
-    return args
-
-
-def resolve(args: Args) -> Args:
-    """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
-    suite = suite_of(args.env_id)
-    paper = PAPER[suite] | PAPER_TASKS.get(args.env_id.split("-")[0], {})
-    args = dataclasses.replace(args, **{name: value for name, value in paper.items() if getattr(args, name) is None})
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
-        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
-    if suite == "mujoco" and args.channels is not None:
-        fail(f"--channels is for networks of images; {args.env_id} has states")
-    if not args.contact_forces and not args.env_id.startswith("Humanoid"):
-        fail(f"--no-contact-forces is for Humanoid, not for {args.env_id}")
-    if args.num_minibatches is None:
-        divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
-        args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
-    if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
-             f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
-    samples, found = args.batch_size // args.num_minibatches, len(jax.devices())
-    if args.num_devices is None:
-        shared = math.gcd(args.num_envs, samples)
-        most = 1 if suite == "mujoco" and jax.default_backend() == "cpu" else found
-        args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if shared % n == 0))
-    if args.num_devices > found or args.num_envs % args.num_devices or samples % args.num_devices:
-        fail(f"--num-devices {args.num_devices} must divide {args.num_envs} environments and a minibatch of {samples} "
-             f"samples; JAX finds {found} devices")
-    if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
-        fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb")
-    if args.device == "gpu" and jax.default_backend() == "cpu":
-        fail("--device gpu: JAX finds no GPU; pip install 'jax[cuda12]', or use --device cpu")
-    return args
-
 
 # ======================================================================================================================
 # Environments
@@ -1033,6 +950,118 @@ def assess(args: Args, variant: dict, policy: Policy, params: dict) -> dict[str,
     return result if human is None else result | {"human_normalised": (result["mean"] - random) / (human - random)}
 
 
+def finish(
+    args: Args, run: Run, networks: Networks, state: TrainState, variant: dict, shape: tuple
+) -> dict[str, float]:
+    """Evaluate the teacher, write teacher.safetensors and results.json, print the outcome; returns mean and timing.
+
+    shape: of an observation.
+    """
+    params = jax.device_get(state.params | {"obs_stats": state.obs_stats})
+    result = assess(args, variant, networks.policy, params)
+    numbers = {"teacher": result["mean"]} | {name: run.logged[name] for name in ("SPS", "seconds")}
+    network = args.network._asdict()
+    model = {"role": "teacher", "network": network, "action_dim": networks.policy.action_dim,
+             "observation_shape": shape, "variant": variant, "evaluation": result}
+    save_file(run.folder / "teacher.safetensors", run.about | model, params)
+    write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"teacher": result})
+    levels = f"; {result['train_levels']['mean']:,.1f} on training levels" if "train_levels" in result else ""
+    print(f"{'teacher':<18} {result['mean']:>10,.1f} ± {result['std']:,.1f} "
+          f"({args.eval_episodes} episodes, {result['games']} of them different{levels})")
+    for name in ("SPS", "seconds"):
+        print(f"{name:<18} {numbers[name]:>10,.3f}")
+    print(f"{'files':<18} {run.folder}")
+    return numbers
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+# Smallest and largest value of a flag, or of each of its numbers
+RANGES = {
+    "total_timesteps": (1, 10**12), "num_envs": (1, 10**5), "num_steps": (1, 10**6), "num_minibatches": (1, 10**9),
+    "num_devices": (1, 10**4), "update_epochs": (1, 10**6), "checkpoint_every": (1, 10**9), "seed": (0, 10**9 - 1),
+    "eval_episodes": (1, 10**5), "learning_rate": (0, 1e3), "gamma": (0, 1.0), "gae_lambda": (0, 1.0),
+    "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9),
+    "frame_skip": (1, 100), "repeat_action_probability": (0, 1.0), "start_level": (0, 10**9), "num_levels": (1, 10**9),
+    "channels": (1, 65_536), "hidden": (1, 65_536),
+}
+MAX_LAYERS = 64
+RESUMABLE = ("resume", "total_timesteps", "device", "num_devices", "checkpoint_every", "eval_episodes", "track",
+             "wandb_project_name", "wandb_entity")  # flags that may change when a run goes on
+
+
+def fail(message: str) -> NoReturn:
+    """End the program for bad input: one line on stderr, exit code 2."""
+    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
+    read = partial(tyro.cli, Args, args=argv, description=__doc__)
+    args = read()
+    if args.resume is None:
+        return args
+    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
+        flags = load_checkpoint(args.resume)[0]["args"]
+        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
+        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
+        for field in dataclasses.fields(Args):
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
+            value = getattr(run, field.name)
+            known = value in kinds or type(value) in kinds + [int] * (float in kinds)
+            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float | str) for x in value):
+                raise ValueError(f"its {field.name} is {value}")
+        args = read(default=run)
+        for name, value in vars(run).items():
+            if name not in RESUMABLE and getattr(args, name) != value:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+        if args.total_timesteps < run.total_timesteps:
+            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
+    return args
+
+
+def resolve(args: Args) -> Args:
+    """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
+    suite = suite_of(args.env_id)
+    paper = PAPER[suite] | PAPER_TASKS.get(args.env_id.split("-")[0], {})
+    args = dataclasses.replace(args, **{name: value for name, value in paper.items() if getattr(args, name) is None})
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+    if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
+        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
+    if suite == "mujoco" and args.channels is not None:
+        fail(f"--channels is for networks of images; {args.env_id} has states")
+    if not args.contact_forces and not args.env_id.startswith("Humanoid"):
+        fail(f"--no-contact-forces is for Humanoid, not for {args.env_id}")
+    if args.num_minibatches is None:
+        divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
+        args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
+    if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
+             f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
+    samples, found = args.batch_size // args.num_minibatches, len(jax.devices())
+    if args.num_devices is None:
+        shared = math.gcd(args.num_envs, samples)
+        most = 1 if suite == "mujoco" and jax.default_backend() == "cpu" else found
+        args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if shared % n == 0))
+    if args.num_devices > found or args.num_envs % args.num_devices or samples % args.num_devices:
+        fail(f"--num-devices {args.num_devices} must divide {args.num_envs} environments and a minibatch of {samples} "
+             f"samples; JAX finds {found} devices")
+    if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
+        fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb")
+    if args.device == "gpu" and jax.default_backend() == "cpu":
+        fail("--device gpu: JAX finds no GPU; pip install 'jax[cuda12]', or use --device cpu")
+    return args
+
+
 # ======================================================================================================================
 # Main
 # ======================================================================================================================
@@ -1057,30 +1086,6 @@ def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> Non
     for name, value in metrics.items():
         if not np.isfinite(value):
             raise SystemExit(f"error: update {iteration} gave {name} = {value}; the last good state is in {folder}")
-
-
-def finish(
-    args: Args, run: Run, networks: Networks, state: TrainState, variant: dict, shape: tuple
-) -> dict[str, float]:
-    """Evaluate the teacher, write teacher.safetensors and results.json, print the outcome; returns mean and timing.
-
-    shape: of an observation.
-    """
-    params = jax.device_get(state.params | {"obs_stats": state.obs_stats})
-    result = assess(args, variant, networks.policy, params)
-    numbers = {"teacher": result["mean"]} | {name: run.logged[name] for name in ("SPS", "seconds")}
-    network = args.network._asdict()
-    model = {"role": "teacher", "network": network, "action_dim": networks.policy.action_dim,
-             "observation_shape": shape, "variant": variant, "evaluation": result}
-    save_file(run.folder / "teacher.safetensors", run.about | model, params)
-    write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"teacher": result})
-    levels = f"; {result['train_levels']['mean']:,.1f} on training levels" if "train_levels" in result else ""
-    print(f"{'teacher':<18} {result['mean']:>10,.1f} ± {result['std']:,.1f} "
-          f"({args.eval_episodes} episodes, {result['games']} of them different{levels})")
-    for name in ("SPS", "seconds"):
-        print(f"{name:<18} {numbers[name]:>10,.3f}")
-    print(f"{'files':<18} {run.folder}")
-    return numbers
 
 
 def main(args: Args) -> dict[str, float]:

@@ -53,8 +53,6 @@ def small(m, env_id, folder, **flags):
     network = {"hidden": (8,)} | ({"channels": (4, 4, 4), "size": "smaller"} if images else {})
     if m is not train_teacher:
         network = {f"student_{name}": value for name, value in network.items()}
-    if m in (ppd_atari, ppd_mujoco, ppd_procgen):  # which may have several teachers
-        flags |= {name: (flags[name],) for name in ("teacher", "distill_coef") if name in flags and not isinstance(flags[name], tuple)}
     defaults = {"env_id": env_id, "total_timesteps": updates * steps * 4, "num_envs": 4, "num_steps": steps,
                 "eval_episodes": 2 if env_id == "Hopper-v4" else 1}
     return m.Args(run_dir=str(folder), **(defaults | network | flags))

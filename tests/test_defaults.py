@@ -38,9 +38,8 @@ def teacher(env_id):
 
 def ppd(env_id):
     return PPO | STUDENT | suite_flags(env_id) | {
-        "num_steps": 64, "num_minibatches": 3, "gamma": 0.995 if env_id in SLOW else 0.999, "distill_coef": (1.0,),
-        "distill_coef_final": None, "distill_weight": "ratio", "distill_future_coef": 0.0, "distill_coef_decay": "none"} | (
-            {"teacher_mean_clip": False} if env_id in MUJOCO else {})
+        "num_steps": 64, "num_minibatches": 3, "gamma": 0.995 if env_id in SLOW else 0.999, "distill_coef": 1.0,
+        "distill_coef_final": None, "distill_weight": "ratio"}
 
 
 def baseline(env_id):

@@ -205,8 +205,7 @@ def reader_of_models(m, env_id, path, folder):
                 m.main(m.Args(model=str(path), json=str(path.parent / "json")))
                 raise Reached
             run = str(path.parent / "run")
-            m.main(small_gymnax(run, teacher=str(path)) if m is ppd_gymnax else m.Args(
-                teacher=str(path) if m is student_distill else (str(path),), run_dir=run))
+            m.main(small_gymnax(run, teacher=str(path)) if m is ppd_gymnax else m.Args(teacher=str(path), run_dir=run))
 
     return Reader(folder / "model.safetensors", read)
 
@@ -346,7 +345,7 @@ def test_a_right_checksum_over_wrong_content(kind, m, env_id, readers):
                 case(path, name, True)
     else:
         numbers = [path for path in paths if path[:1] == ("logged",) and path != ("logged", "wandb_id")] + [("updates",)]
-        vital = numbers + [path for path in paths if path[0] in ("args", "teacher_network") or path in (("teachers",), ("finished",), ("finished", 0))]
+        vital = numbers + [path for path in paths if path[0] in ("args", "teacher_network") or path in (("teacher",), ("finished",), ("finished", 0))]
         for path in vital:
             typed = path[0] == "args" and path[-1] != "resume"  # which is what --resume says
             needed = ("deleted", "mixed", "text") if path in numbers else () if path[0] == "finished" or path == ("args", "teacher", 0) else (
@@ -357,7 +356,7 @@ def test_a_right_checksum_over_wrong_content(kind, m, env_id, readers):
     for i in rng.permutation(len(others))[:15]:
         case(others[i], names[i % len(names)], False)
 
-    needed = ("policy/", "obs_stats/", "value/" * (m in (student_distill, ppd_gymnax))) if kind == "model" else ("state/", "teacher/policy/" if m is ppd_gymnax else "teachers/0/policy/")
+    needed = ("policy/", "obs_stats/", "value/" * (m in (student_distill, ppd_gymnax))) if kind == "model" else ("state/", "teacher/policy/")
     for i, (name, array) in enumerate(reader.arrays.items()):
         for how in list(ARRAYS)[i % 2:: 3 if len(reader.arrays) < 30 else 7]:
             changed = replaced(reader.arrays, (name,), ARRAYS[how](array))

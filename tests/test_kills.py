@@ -27,7 +27,7 @@ if not GYMNAX:
 folder, teacher, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 UPDATES, BATCH = {updates}, 4 * 4
 LIMIT = UPDATES // ({kills} + 1)  # updates of a life that is killed, so that no machine is at the end before all kills
-flags = dict(env_id="Hopper-v4", teacher=(teacher,) if m.__name__ == "ppd_mujoco" else teacher, total_timesteps=UPDATES * BATCH, checkpoint_every=3)
+flags = dict(env_id="Hopper-v4", teacher=teacher, total_timesteps=UPDATES * BATCH, checkpoint_every=3)
 if GYMNAX:
     flags = dict(env_id="CartPole-v1", num_seeds=1, teacher_timesteps=UPDATES * BATCH // 2, total_timesteps=UPDATES * BATCH // 2,
                  num_parts=UPDATES // 2, num_minibatches=2, teacher_num_steps=4)

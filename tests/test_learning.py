@@ -64,20 +64,18 @@ def learn(m, envs, updates, gamma=0.5, teacher=None, **flags):
     """The loop of main, on a probe; returns the networks, the final state, the statistics, and the last metrics."""
     images, any_suite, baseline = isinstance(envs, Pictures), m in (train_teacher, student_distill), m is student_distill
     ppo = {} if baseline else {"num_minibatches": 4, "gamma": gamma}
-    flags |= {"distill_coef": (flags["distill_coef"],)} if "distill_coef" in flags else {}
     args = m.Args(num_envs=8, num_steps=8 if images else 32, num_devices=1, ent_coef=0.0, **(ppo | {"learning_rate": 3e-3} | flags))
     network = m.Network("nature", (8, 8, 8), (16,)) if images else m.Network("mlp", (), (32,)) if any_suite else (32,)
     if images:
         args = m.Args(**(vars(args) | {"env_id": "Pong-v5", "size" if m is train_teacher else "student_size": "smaller"}))
     policy, value, x = m.Policy(network, 3 if images else 1), m.Value(network), envs.observe()[:1]
-    networks = m.Networks(policy, value, *((policy, value) if baseline else () if m is train_teacher else ((policy,),)))
+    networks = m.Networks(policy, value, *((policy, value) if baseline else () if m is train_teacher else (policy,)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(m, "OBSERVATION_SHAPE", x.shape[1:], raising=False)
         state = m.init_state(args, networks, *((x.shape[1:],) if any_suite else () if images else (2,)))
     state = jax.device_put(state, m.replicated(1))
     stats = None if images else m.Stats(jnp.zeros(2), jnp.ones(2), jnp.float32(1.0))
-    frozen = teacher or policy.init(jax.random.PRNGKey(1), x)
-    frozen = frozen if m is ppd_atari else m.Frozen(frozen, stats)
+    taught = {"policy": teacher or policy.init(jax.random.PRNGKey(1), x), "value": value.init(jax.random.PRNGKey(2), x), "obs_stats": stats}
     act = m.act if not any_suite else m.act_on_images if images else m.act_on_states
     cursor = m.start(envs)
     for _ in range(updates):
@@ -90,10 +88,8 @@ def learn(m, envs, updates, gamma=0.5, teacher=None, **flags):
         state = state._replace(key=key)
         if m is train_teacher:
             state, metrics = m.update(args, networks, state, rollout)
-        elif baseline:
-            state, metrics = m.update(args, networks, frozen, value.init(jax.random.PRNGKey(2), x), state, rollout)
         else:
-            state, metrics = m.update(args, networks, (frozen,), state, rollout, args.distill_coef)
+            state, metrics = m.update(args, networks, taught, state, rollout, *(() if baseline else (args.distill_coef,)))
     return networks, state, state.obs_stats if m is train_teacher else stats, metrics
 
 

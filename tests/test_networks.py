@@ -325,9 +325,8 @@ class Learner:
         x = jnp.zeros((1, *self.shape), jnp.uint8 if images else jnp.float32)
         stats = None if images else m.Stats(jnp.full(5, 0.1), jnp.full(5, 2.0), jnp.float32(9.0))
         params = {"policy": policy.init(jax.random.PRNGKey(9), x), "value": value.init(jax.random.PRNGKey(8), x)}
-        self.networks = m.Networks(policy, value, *((policy, value) if m is student_distill else ((policy,),) if ppd else ()))
-        self.teacher = params["policy"] if m is ppd_atari else None if m is train_teacher else m.Frozen(params["policy"], stats)
-        self.teacher_value = params["value"]
+        self.networks = m.Networks(policy, value, *((policy, value) if m is student_distill else (policy,) if ppd else ()))
+        self.teacher = params | {"obs_stats": stats}
 
     def start(self):
         """The state at first, where an update leaves it: whole on each device."""
@@ -349,9 +348,7 @@ class Learner:
         state = self.start() if state is None else state
         if self.m is train_teacher:
             return self.m.update(self.args, self.networks, state, rollout)
-        if self.m is student_distill:
-            return self.m.update(self.args, self.networks, self.teacher, self.teacher_value, state, rollout)
-        return self.m.update(self.args, self.networks, (self.teacher,), state, rollout, (self.distill_coef,))
+        return self.m.update(self.args, self.networks, self.teacher, state, rollout, *(() if self.m is student_distill else (self.distill_coef,)))
 
 
 def same(a, b):
@@ -457,7 +454,7 @@ def test_an_update_with_lambda_zero_is_the_teacher_s_ppo(m, images):
     state, other, rollout = ours.start(), theirs.start(), made_up_rollout(m, images)
     other = other._replace(params=jax.tree.map(jnp.copy, state.params), key=jnp.copy(state.key))
     if not images:
-        other = other._replace(obs_stats=train_teacher.Stats(*map(jnp.copy, ours.teacher.obs_stats)))
+        other = other._replace(obs_stats=train_teacher.Stats(*map(jnp.copy, ours.teacher["obs_stats"])))
     (state, metrics), (other, expected) = ours.learn(rollout, state), theirs.learn(train_teacher.Rollout(*rollout), other)
     close((state.params, state.return_stats), (other.params, other.return_stats))
     close({name: metrics[name] for name in expected}, expected, 1e-4)
@@ -466,10 +463,10 @@ def test_an_update_with_lambda_zero_is_the_teacher_s_ppo(m, images):
 @pytest.mark.parametrize(("m", "images"), [(ppd_mujoco, False), (ppd_atari, True), (student_distill, False), (student_distill, True)])
 def test_no_update_reaches_the_teacher(m, images):
     learner, rollout = Learner(m, images), made_up_rollout(m, images)
-    copy, state = jax.tree.map(np.array, (learner.teacher, learner.teacher_value)), learner.start()
+    copy, state = jax.tree.map(np.array, learner.teacher), learner.start()
     for _ in range(3):
         state, metrics = learner.learn(rollout, state)
-    assert same((learner.teacher, learner.teacher_value), copy) and float(metrics["losses/teacher_kl"]) > 0
+    assert same(learner.teacher, copy) and float(metrics["losses/teacher_kl"]) > 0
     assert jax.tree.structure(state.params["policy"]) == jax.tree.structure(learner.start().params["policy"])
 
 
@@ -486,9 +483,9 @@ def test_an_update_is_the_algorithm_step_by_step():
     flags = {"gamma": 0.9, "gae_lambda": 0.7, "clip_coef": 0.05, "ent_coef": 0.03, "vf_coef": 0.3, "learning_rate": 0.01, "max_grad_norm": 0.9,
              "update_epochs": 3, "num_minibatches": 4, "kl_direction": "reverse", "seed": 3}
     learner, rollout = Learner(m, False, distill_coef=2.0, **flags), made_up_rollout(m, False)
-    networks, state, frozen = learner.networks, learner.start(), learner.teacher
+    networks, state, taught = learner.networks, learner.start(), learner.teacher
     params, weights = jax.tree.map(np.array, state.params), f64(~rollout.phantoms)
-    x = np.clip((rollout.observations - np.asarray(frozen.obs_stats.mean)) / np.sqrt(np.asarray(frozen.obs_stats.var)), -10, 10)
+    x = np.clip((rollout.observations - np.asarray(taught["obs_stats"].mean)) / np.sqrt(np.asarray(taught["obs_stats"].var)), -10, 10)
     values = f64(networks.value.apply(params["value"], x))
 
     def log_prob(outputs, actions):
@@ -507,7 +504,7 @@ def test_an_update_is_the_algorithm_step_by_step():
         delta = rewards[t] + 0.9 * values[t + 1] * ~rollout.terminations[t] - values[t]
         advantages[t] = later = delta + 0.9 * 0.7 * later * ~(rollout.terminations[t] | rollout.truncations[t])
     advantages = advantages[:8]
-    teacher = networks.teachers[0].apply(frozen.params, x[:8])
+    teacher = networks.teacher.apply(taught["policy"], x[:8])
     data = x[:8], rollout.actions, log_prob(networks.policy.apply(params["policy"], x[:8]), rollout.actions), advantages + values[:8], *teacher
     data = [np.asarray(each, np.float32).reshape(32, *each.shape[2:]) for each in data]
 

@@ -209,8 +209,8 @@ def test_the_code_in_the_page_of_teachers_acts_as_the_scripts_do(monkeypatch):
     code = re.search(r"```python\n(.*?)```", PAGES[ROOT / "docs/teachers.md"], re.DOTALL)[1]
     found = {}
     exec(code, found)
-    teacher = ppd_mujoco.load_teachers(ppd_mujoco.Args(env_id="Hopper-v4"))[0]
+    teacher = ppd_mujoco.load_teacher(ppd_mujoco.Args(env_id="Hopper-v4"))
     observations = np.random.default_rng(0).normal(size=(64, 11)).astype(np.float32) * 2
-    expected = ppd_mujoco.act_deterministic(teacher.policy, teacher.frozen.params, teacher.frozen.obs_stats, observations)
+    expected = ppd_mujoco.act_deterministic(teacher.policy, teacher.params["policy"], teacher.params["obs_stats"], observations)
     np.testing.assert_allclose(found["act"](observations), expected, rtol=1e-4, atol=1e-4)
     assert found["about"] == teacher.about

@@ -425,39 +425,20 @@ def test_tracking_gets_no_row_twice(m, tmp_path, tiny_teacher, tracker, monkeypa
 
 
 def test_distill_coef_goes_linearly_to_its_end():
-    args = ppd_mujoco.Args(distill_coef=(2.0, 0.0), distill_coef_final=1.0)
-    assert [ppd_mujoco.distill_coef_at(args, x, [0.9, 0.9]) for x in (0.0, 0.5, 1.0)] == [(2.0, 0.0), (1.5, 0.5), (1.0, 1.0)]
-    assert ppd_mujoco.distill_coef_at(ppd_mujoco.Args(distill_coef=(2.0,)), 0.7, [0.9, 0.9]) == (2.0, 2.0)  # one for both
+    args = ppd_mujoco.Args(distill_coef=2.0, distill_coef_final=1.0)
+    assert [ppd_mujoco.distill_coef_at(args, x) for x in (0.0, 0.5, 1.0)] == [2.0, 1.5, 1.0]
+    assert ppd_mujoco.distill_coef_at(ppd_mujoco.Args(distill_coef=2.0), 0.7) == 2.0
 
 
-def test_distill_coef_falls_with_the_return():
-    """From λ, for returns of 0 and below, to 0, for the teacher's and above."""
-    args = ppd_mujoco.Args(distill_coef=(2.0,), distill_coef_decay="return")
-    assert ppd_mujoco.distill_coef_at(args, 0.3, (-1.0, 0.0, 0.25, 1.0, 1.5)) == (2.0, 2.0, 1.5, 0.0, 0.0)
-
-
-@pytest.mark.parametrize(("m", "env_id"), [(ppd_mujoco, "Hopper-v4"), pytest.param(ppd_procgen, "CoinrunEasy-v0", marks=needs_procgen)])
-def test_a_run_whose_distill_coef_falls(m, env_id, tmp_path, monkeypatch):
-    """λ follows the returns of the finished games and the teacher's own, on the levels of training; the rows say so."""
-    teacher = m.load_teachers(m.Args(env_id=env_id, distill_coef_decay="return"))[0]
-    goal = teacher.about["evaluation"].get("train_levels", teacher.about["evaluation"])["mean"]
-    start = m.start
-
-    def begin(envs):
-        cursor = start(envs)
-        cursor.finished.append(0.25 * goal)
-        return cursor
-
-    monkeypatch.setattr(m, "start", begin)
-    monkeypatch.setattr(m, "assess", lambda *args: nothing())
-    m.main(small(m, env_id, tmp_path / "run", distill_coef=2.0, distill_coef_decay="return", total_timesteps=1, student_hidden=(8,)))
-    row, = rows(tmp_path / "run")
-    reached = float(row["charts/episodic_return"]) / goal
-    assert teacher.goal == goal and 0 < reached < 1 and float(row["charts/distill_coef"]) == pytest.approx(2.0 * (1.0 - reached))
+def test_a_teacher_of_another_task_with_the_same_shapes_is_a_prior(tmp_path, capsys):
+    """A line says so; statistics and variant are the teacher's, the task is the student's."""
+    teacher = ppd_mujoco.load_teacher(ppd_mujoco.Args(env_id="Walker2d-v4", teacher=str(ROOT / "teachers/HalfCheetah-v4__100.safetensors")))
+    assert capsys.readouterr().err.endswith("is a teacher of HalfCheetah-v4, a prior of skills for Walker2d-v4\n")
+    assert teacher.about["env_id"] == "Walker2d-v4" and teacher.params["obs_stats"].mean.shape == (17,)
 
 
 def test_a_corrupted_teacher_is_reproducible_and_noisy_everywhere(tiny_teacher, tmp_path):
-    params = ppd_mujoco.load_teachers(ppd_mujoco.Args(teacher=(str(tiny_teacher),)))[0].frozen.params
+    params = ppd_mujoco.load_teacher(ppd_mujoco.Args(teacher=str(tiny_teacher))).params["policy"]
     a, b, c = (jax.tree.leaves(ppd_mujoco.corrupt(params, 0.05, seed)) for seed in (0, 0, 1))
     noise = np.concatenate([np.ravel(x - y) for x, y in zip(a, jax.tree.leaves(params), strict=True)])
     assert (noise != 0).all() and abs(noise.std() - 0.05) < 0.01 and abs(noise.mean()) < 0.01
@@ -504,8 +485,8 @@ def test_evaluation_counts_the_first_episode_of_each_environment(m, env_id, teac
     """The same games played one by one, each alone, give the same returns; envpool seeds environment i with seed + i."""
     if env_id == "Hopper-v4":
         path = str(teachers(env_id))
-        policy, frozen = m.load_policy(path)[1:] if m is evaluate else m.load_teachers(m.Args(teacher=(path,)))[0][2:4]
-        policy_step = lambda x, t: m.act_deterministic(policy, frozen.params, frozen.obs_stats, x)  # noqa: E731
+        policy, params = (m.load_policy(path) if m is evaluate else m.load_teacher(m.Args(teacher=path)))[1:]
+        policy_step = lambda x, t: m.act_deterministic(policy, params["policy"], params["obs_stats"], x)  # noqa: E731
     else:
         policy_step = lambda x, t: (x[:, 0, 20, 20].astype(np.int32) + t // 7) % 6  # noqa: E731
     rest = {ppd_procgen: [True], evaluate: ["evaluation"]}.get(m, [])

@@ -71,14 +71,14 @@ def act(path, observations):
 def test_a_model_file_is_read_without_any_script():
     """In the states of an episode that it plays well itself, its actions are those of the scripts."""
     envs = ppd_mujoco.make_envs("Hopper-v4", 1, 7, {"contact_forces": True})
-    teacher = ppd_mujoco.load_teachers(ppd_mujoco.Args(teacher=(str(HOPPER),)))[0]
-    _, policy, frozen = evaluate.load_policy(str(HOPPER))
+    teacher = ppd_mujoco.load_teacher(ppd_mujoco.Args(teacher=str(HOPPER)))
+    _, policy, params = evaluate.load_policy(str(HOPPER))
     x, total = ppd_mujoco.reset(envs), 0.0
     for _ in range(100):
         actions = act(HOPPER, x)
-        ours = ppd_mujoco.act_deterministic(teacher.policy, teacher.frozen.params, teacher.frozen.obs_stats, x)
+        ours = ppd_mujoco.act_deterministic(teacher.policy, teacher.params["policy"], teacher.params["obs_stats"], x)
         np.testing.assert_allclose(actions, ours, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(actions, evaluate.act_deterministic(policy, *frozen, x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(actions, evaluate.act_deterministic(policy, params["policy"], params["obs_stats"], x), rtol=1e-5, atol=1e-5)
         x, rewards, terminations, *_ = ppd_mujoco.step(envs, actions)
         total += rewards[0]
         assert not terminations[0]
