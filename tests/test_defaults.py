@@ -78,7 +78,7 @@ def played(m, monkeypatch, **flags):
 
     monkeypatch.setattr(m, "make_envs", make_envs)
     with pytest.raises(Made) as made:
-        m.main(m.Args(**flags | ({"teacher": (flags["teacher"],)} if m in PPD and "teacher" in flags else {})))
+        m.main(m.Args(**flags))
     return made.value.args[0]
 
 

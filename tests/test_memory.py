@@ -24,7 +24,7 @@ print(len(sizes), sum(sizes[4 * tenth: 5 * tenth]) / tenth, sum(sizes[-tenth:]) 
 
 
 @pytest.mark.parametrize(("script", "flags"), [
-    ("ppd_mujoco", "env_id='Hopper-v4', teacher=(sys.argv[1],), total_timesteps=1000 * 64, checkpoint_every=10, num_devices=1"),
+    ("ppd_mujoco", "env_id='Hopper-v4', teacher=sys.argv[1], total_timesteps=1000 * 64, checkpoint_every=10, num_devices=1"),
     ("ppd_gymnax", "env_id='CartPole-v1', teacher_timesteps=64, total_timesteps=400 * 64, num_parts=400, num_seeds=1, num_minibatches=2, "
                    "teacher_num_steps=16")])
 def test_memory_and_open_files_are_flat(script, flags, tiny_teacher, tmp_path):

@@ -103,8 +103,8 @@ def test_the_changed_line_does_what_the_readme_says(tmp_path):
     one = np.zeros(1, np.float32)
     for log_ratio, weight in ((0.5, 1.2), (0.1, np.exp(0.1)), (-0.5, 0.8)):
         log_prob = m.distribution((one, one)).log_prob(one)
-        terms = m.ppd_terms((one, one), np.float32(0), m.Batch(None, one, log_prob - log_ratio, 0.0, 0.0, 1.0, ((one + 2, one),)), 0.2, "forward", "ratio")
-        assert float(terms["distill_loss"][0]) == pytest.approx(2.0 * weight, rel=1e-5)
+        terms = m.ppd_terms((one, one), np.float32(0), m.Batch(None, one, log_prob - log_ratio, 0.0, 0.0, 1.0, (one + 2, one)), 0.2, "forward", "ratio")
+        assert float(terms["distill_loss"]) == pytest.approx(2.0 * weight, rel=1e-5)
 
 
 def test_first_kl_divergences_are_those_of_the_curves():
