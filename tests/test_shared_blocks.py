@@ -17,32 +17,37 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS = {"T": "train_teacher.py", "M": "ppd_mujoco.py", "A": "ppd_atari.py", "P": "ppd_procgen.py", "S": "student_distill.py",
-           "D": "teacher_distill.py", "E": "evaluate.py", "G": "ppd_gymnax.py"}
+           "D": "teacher_distill.py", "B": "ppd_beyond.py", "E": "evaluate.py", "G": "ppd_gymnax.py"}
 SCRIPTS = list(LETTERS.values())
 
 # Blocks that differ: groups of scripts that share one text, one letter a script; a script in no group has its own
 DIFFERENT = {  # ppd_gymnax.py has no phantoms, and trains many runs at once
-    "": ('OBSERVATION_SHAPE', 'VARIANT', 'main'),
+    "": ('OBSERVATION_SHAPE', 'VARIANT', 'load_teachers', 'main'),
     "AP": ('act',),
-    "AP SD": ('Batch', 'Teacher', 'init_state', 'resolve', 'update', 'warn_if_slow'),
+    "AP SD": ('Batch', 'init_state', 'resolve', 'update'),
+    "APB SD": ('warn_if_slow',),
     "MAP": ('distill_coef_at', 'ppd_loss', 'ppd_terms'),
-    "MAP SD": ('Networks', 'TrainState'),
-    "MAPSD": ('Run',),
-    "SD": ('Args', 'RANGES', 'distill_loss', 'finish', 'load_teacher'),
-    "SDE": ('task_shape',),
-    "TMAP": ('compute_gae', 'discount_forward', 'standardize', 'update_stats'),
-    "TMAPSD": ('BEGIN', 'RESUMABLE', 'check_finite', 'collect', 'make_optimizer'),
-    "TMAPSDE": ('evaluate', 'over_devices'),
-    "TSD": ('assess',),
-    "TSD AP": ('Cursor', 'NETWORKS', 'Network', 'Policy', 'Rollout', 'Value', 'draw_noise', 'torso'),
-    "TSDE": ('act_deterministic', 'make_envs', 'normalize', 'step'),
-    "TSDE AP": ('distribution', 'reset'),
+    "MAP SD": ('Networks',),
+    "MAPB SD": ('TrainState',),
+    "MAPSDB": ('Run',),
+    "MB AP SD": ('Teacher',),
+    "SD": ('Args', 'RANGES', 'distill_loss', 'load_teacher'),
+    "SDB": ('finish',),
+    "SDBE": ('task_shape',),
+    "TMAPB": ('compute_gae', 'discount_forward', 'standardize', 'update_stats'),
+    "TMAPSDB": ('BEGIN', 'RESUMABLE', 'check_finite', 'collect', 'make_optimizer'),
+    "TMAPSDBE": ('evaluate', 'over_devices'),
+    "TSDB": ('assess',),
+    "TSDB AP": ('Cursor', 'NETWORKS', 'Network', 'Policy', 'Rollout', 'Value', 'draw_noise', 'torso'),
+    "TSDBE": ('act_deterministic', 'make_envs', 'normalize', 'step'),
+    "TSDBE AP": ('distribution', 'reset'),
 }
 GROUPS = {name: [{LETTERS[letter] for letter in group} for group in groups.split()] for groups, names in DIFFERENT.items() for name in names}
 # Flags whose default, and with it the docstring, is each script's own
 DIFFERENT_FLAGS = {"teacher", "env_id", "num_steps", "gamma", "ent_coef", "run_dir", "total_timesteps", "eval_episodes", "student_size", "num_devices",
                    "frame_skip", "repeat_action_probability", "start_level", "num_levels"}
-GYMNAX_FLAGS = {"device", "distill_coef", "learning_rate", "num_envs", "num_minibatches", "resume", "seed", "teacher", "teacher_noise_seed"}
+OWN_FLAGS = {"ppd_gymnax.py": {"device", "distill_coef", "learning_rate", "num_envs", "num_minibatches", "resume", "seed", "teacher", "teacher_noise_seed"},
+             "ppd_beyond.py": {"distill_coef"}}
 SECTIONS = ["Arguments", "Environments", "Networks", "Mathematics", "Jitted steps", "Files", "Evaluation", "Command line", "Main"]
 COMPANIONS = {"distrax": "tfp-nightly", "envpool": "gymnasium", "gymnax": "gymnasium"}  # pinned for what a package needs
 OPTIONAL = {"wandb"}
@@ -178,7 +183,7 @@ def test_flags_of_one_name_are_one_flag(script):
     for other in SCRIPTS[: SCRIPTS.index(script)]:
         theirs = flags(other)
         for name in ours.keys() & theirs.keys() - DIFFERENT_FLAGS:
-            own = script == "ppd_gymnax.py" and name in GYMNAX_FLAGS
+            own = name in OWN_FLAGS.get(script, ()) or name in OWN_FLAGS.get(other, ())
             assert ours[name] == theirs[name] or own, f"--{name} in {script} and {other}"
 
 
