@@ -59,6 +59,7 @@ SEEDS = (100, 200, 300, 400, 500)
 VARIANTS = {"ppd": (), "ppd-detached": ("--distill-weight", "detached"), "ppd-future": ("--distill-future-coef", "1"),
             "ppd-mean-clip": ("--teacher-mean-clip",), "ppd-decay": ("--distill-coef-decay", "return"),
             "ppd-pbt": ("--pbt-interval", "5")}
+OF_BEYOND = ("ppd-future", "ppd-mean-clip", "ppd-decay")  # what ppd_beyond.py has, and the script of a suite has not
 BEYOND = {"mujoco": ("ppd", "ppd-detached", "ppd-future", "ppd-mean-clip"),
           "gymnax": ("ppd", "ppd-detached", "ppd-future")}
 ADAPTIVE = ("ppd", "ppd-decay", "ppd-pbt")  # of corrupted teachers, each with several λ
@@ -102,6 +103,7 @@ class Run(NamedTuple):
         if self.suite == "gymnax":
             return "ppd_gymnax.py"
         scripts = {"ppo": "train_teacher.py"} | dict.fromkeys(VARIANTS, f"ppd_{self.suite}.py")
+        scripts |= dict.fromkeys(OF_BEYOND, "ppd_beyond.py")
         return scripts.get(self.method, f"{self.method.replace('-', '_')}.py")
 
     @property
@@ -462,6 +464,7 @@ def rows(run: Run, args: Args) -> list[dict[str, Any]]:
         cells = {name: cell for player in PLAYERS if player in results for name, cell in
                  figures(player, results[player]).items()}
         coef = flags.get("distill_coef", "")
+        coef = coef[0] if isinstance(coef, list) else coef  # of ppd_beyond.py one for each teacher
         return [about | cells | {"distill_coef": coef, "steps_per_second": round(results["SPS"])}]
     if run.method == "ppo":
         about |= {"steps": flags["teacher_timesteps"], "teacher_noise_std": 0.0}

@@ -46,23 +46,23 @@ def main(args: Args) -> dict:
     """Learn, measure on the way, print and return the figures."""
     about = {"command": " ".join(["python benchmark/variance.py", *sys.argv[1:]]), "env_id": args.env_id,
              "student_size": args.student_size, "distill_weight": args.distill_weight, "seed": args.seed}
-    teacher, = m.load_teachers(m.Args(env_id=args.env_id))
+    teacher = m.load_teacher(m.Args(env_id=args.env_id))
     flags = m.resolve(m.Args(env_id=args.env_id, student_size=args.student_size, seed=args.seed,
                              distill_weight=args.distill_weight))
     envs = m.make_envs(args.env_id, flags.num_envs, flags.seed, teacher.about["variant"])
-    networks = m.Networks(m.Policy(flags.hidden, teacher.policy.action_dim), m.Value(flags.hidden), (teacher.policy,))
+    networks = m.Networks(m.Policy(flags.hidden, teacher.policy.action_dim), m.Value(flags.hidden), teacher.policy)
     state, cursor = m.init_state(flags, networks, envs.observation_space.shape[0]), m.start(envs)
     state, found = jax.device_put(state, m.replicated(flags.num_devices)), []
     for iteration in range(max(args.updates) + 1):
-        params, stats = state.params["policy"], teacher.frozen.obs_stats
+        params, stats = state.params["policy"], teacher.params["obs_stats"]
         key, noise = m.draw_noise(state.key, flags.num_steps, (flags.num_envs, networks.policy.action_dim))
         rollout = m.collect(envs, cursor, partial(m.act, networks.policy, params, stats, noise), flags.num_steps)
         if iteration in args.updates:
-            found.append({"updates": iteration} | measure(flags, networks, teacher.frozen, params, rollout))
+            found.append({"updates": iteration} | measure(flags, networks, teacher.params, params, rollout))
             print(f"{args.env_id} after {iteration} updates: KL {found[-1]['kl']:.2f}; noise / signal "
                   f"{found[-1]['ratio']['noise'] / found[-1]['ratio']['signal']:.2f} with the gradient through r, "
                   f"{found[-1]['detached']['noise'] / found[-1]['detached']['signal']:.2f} without")
-        state, _ = m.update(flags, networks, (teacher.frozen,), state._replace(key=key), rollout, flags.distill_coef)
+        state, _ = m.update(flags, networks, teacher.params, state._replace(key=key), rollout, flags.distill_coef)
     about["variance"] = found
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
@@ -70,25 +70,25 @@ def main(args: Args) -> dict:
     return about
 
 
-def measure(flags: m.Args, networks: m.Networks, teacher: m.Frozen, params: dict, rollout: m.Rollout) -> dict:
+def measure(flags: m.Args, networks: m.Networks, teacher: dict, params: dict, rollout: m.Rollout) -> dict:
     """Return signal and noise of both gradients over 300 minibatches of a rollout's states, and the mean KL divergence.
 
-    teacher: its parameters and statistics; params: of the student's policy.
+    teacher: its tree of policy and statistics; params: of the student's policy.
     """
-    x = m.normalize(rollout.observations[:-1][~rollout.phantoms], teacher.obs_stats)
+    x = m.normalize(rollout.observations[:-1][~rollout.phantoms], teacher["obs_stats"])
     rng, rows, kls = np.random.default_rng(flags.seed), {"ratio": [], "detached": []}, []
 
     @partial(jax.jit, static_argnames="weight")
     def gradient(params, x, key, weight):
         actions, log_probs = m.distribution(networks.policy.apply(params, x)).sample_and_log_prob(seed=key)
         zeros = jnp.zeros(len(x))
-        taught = networks.teachers[0].apply(teacher.params, x)
-        part = m.Batch(x, actions, log_probs, zeros, zeros, zeros + 1.0, (taught,))
+        taught = networks.teacher.apply(teacher["policy"], x)
+        part = m.Batch(x, actions, log_probs, zeros, zeros, zeros + 1.0, taught)
 
         def term(params):
             outputs = networks.policy.apply(params, x)
-            terms = m.ppd_loss(outputs, zeros, part, (1.0,), flags.clip_coef, 0.0, 0.0, flags.kl_direction, weight)[1]
-            return terms["distill_loss"][0], terms["teacher_kl"][0]
+            terms = m.ppd_loss(outputs, zeros, part, 1.0, flags.clip_coef, 0.0, 0.0, flags.kl_direction, weight)[1]
+            return terms["distill_loss"], terms["teacher_kl"]
 
         grads, kl = jax.grad(term, has_aux=True)(params)
         return jnp.concatenate([y.ravel() for y in jax.tree.leaves(grads)]), kl

@@ -62,6 +62,18 @@ def test_it_learns_what_the_script_of_the_suite_learns(m, env_id, flags, tmp_pat
     assert ours.keys() == theirs.keys() and all(ours[name] == theirs[name] for name in ("student", "teacher"))
 
 
+@pytest.mark.parametrize(("m", "env_id"), [
+    *((ppd_mujoco, f"{task}-v4") for task in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer")), (ppd_atari, "Pong-v5"),
+    (ppd_atari, "Qbert-v5"), (ppd_procgen, "CoinrunEasy-v0")])
+def test_its_defaults_are_those_of_the_script_of_the_suite(m, env_id):
+    """Which test_defaults.py holds to the paper's."""
+    ours, theirs = (vars(each.resolve(each.Args(env_id=env_id))) for each in (ppd_beyond, m))
+    assert ours.pop("network", None) is None and ours["distill_coef"] == (theirs.pop("distill_coef"),) and theirs.pop("teacher") is None
+    assert theirs.items() <= ours.items()
+    added = {"distill_future_coef": 0.0, "distill_coef_decay": "none", "teacher_mean_clip": False}
+    assert {name: ours[name] for name in ours.keys() - theirs.keys() - {"teacher", "distill_coef"} if ours[name] is not None} == added
+
+
 def tables(case):
     """Of the reference's random batches: what learns, a row a sample, the teacher's outputs, and the samples but for the teacher."""
     d = {key.rsplit("/", 1)[1]: jnp.asarray(value) for key, value in GOLDEN.items() if key.rsplit("/", 1)[0] == case}
@@ -365,23 +377,19 @@ def test_teachers_that_play_another_way_are_refused(tmp_path, capsys):
 # λ over a run -----------------------------------------------------------------------------------------------------------
 
 
-def of_return(*means):
-    return tuple(ppd_beyond.Teacher({"evaluation": {"mean": mean}}, None, {}) for mean in means)
-
-
 def test_distill_coef_goes_linearly_to_its_end():
-    m, two = ppd_beyond, of_return(1.0, 1.0)
+    m = ppd_beyond
     args = m.Args(distill_coef=(2.0, 0.0), distill_coef_final=1.0)
-    assert [m.distill_coef_at(args, x, 0.9, two) for x in (0.0, 0.5, 1.0)] == [(2.0, 0.0), (1.5, 0.5), (1.0, 1.0)]
-    assert m.distill_coef_at(m.Args(distill_coef=(2.0,)), 0.7, 0.9, two) == (2.0, 2.0)  # one for both
+    assert [m.distill_coef_at(args, x, 0.9, (1.0, 1.0)) for x in (0.0, 0.5, 1.0)] == [(2.0, 0.0), (1.5, 0.5), (1.0, 1.0)]
+    assert m.distill_coef_at(m.Args(distill_coef=(2.0,)), 0.7, 0.9, (1.0, 1.0)) == (2.0, 2.0)  # one for both
 
 
 def test_distill_coef_falls_with_the_return():
     """From λ, for returns of 0 and below, to 0, for the teacher's and above; before the first episode's end it is λ."""
     m, args = ppd_beyond, ppd_beyond.Args(distill_coef=(2.0,), distill_coef_decay="return")
-    assert [m.distill_coef_at(args, 0.3, x, of_return(10.0)) for x in (np.nan, -1.0, 0.0, 2.5, 10.0, 15.0)] == [
+    assert [m.distill_coef_at(args, 0.3, x, (10.0,)) for x in (np.nan, -1.0, 0.0, 2.5, 10.0, 15.0)] == [
         (2.0,), (2.0,), (2.0,), (1.5,), (0.0,), (0.0,)]
-    assert m.distill_coef_at(dataclasses.replace(args, distill_coef=(2.0, 1.0)), 0.3, 5.0, of_return(10.0, 20.0)) == (1.0, 0.75)
+    assert m.distill_coef_at(dataclasses.replace(args, distill_coef=(2.0, 1.0)), 0.3, 5.0, (10.0, 20.0)) == (1.0, 0.75)
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", pytest.param("CoinrunEasy-v0", marks=needs_procgen)])

@@ -22,6 +22,7 @@ IMAGES = [*STUDENT, "--teacher", "teacher.safetensors", "--student-size", "small
 RUNS = {
     "train_teacher.py": SHORT, "ppd_mujoco.py": STUDENT, "student_distill.py": STUDENT, "teacher_distill.py": STUDENT,
     "ppd_atari.py": [*IMAGES, "--frame-skip", "20"], "ppd_procgen.py": IMAGES,
+    "ppd_beyond.py": [*STUDENT, "--distill-future-coef", "1"],
     "ppd_gymnax.py": ["--env-id", "CartPole-v1", "--num-seeds", "5", "--num-envs", "4", "--num-steps", "16", "--teacher-num-steps", "16",
                       "--teacher-timesteps", "128", "--total-timesteps", "128", "--eval-episodes", "2", "--run-dir", "run"],
     "evaluate.py": ["teachers/Hopper-v4__100.safetensors", "--episodes", "1", "--json", "found.json"],
