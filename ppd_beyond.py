@@ -1190,8 +1190,9 @@ def resolve(args: Args) -> Args:
         fail(f"--student-channels is for networks of images; {args.env_id} has states")
     if suite != "mujoco" and args.teacher_mean_clip:
         fail(f"--teacher-mean-clip is for continuous actions; those of {args.env_id} are not")
-    if len(args.distill_coef) not in (1, max(1, len(args.teacher))):
-        fail(f"--distill-coef takes 1 number or {max(1, len(args.teacher))}, as many as teachers")
+    several = max(1, len(args.teacher))
+    if np.shape(args.distill_coef) not in ((1,), (several,)):
+        fail(f"--distill-coef takes 1 number or {several}, as many as teachers")
     if args.distill_coef_final is not None and args.distill_coef_decay != "none":
         fail("--distill-coef-final and --distill-coef-decay exclude each other")
     if args.num_minibatches is None:

@@ -474,6 +474,20 @@ def test_bad_input(flags, message, spoiled, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == [] and sorted(spoiled.rglob("*")) == before
 
 
+@pytest.mark.parametrize("value", [3.0, [], [1.0, 2.0], "1", [1.0, "x"]])
+def test_a_checkpoint_of_another_lambda(value, spoiled, tmp_path, capsys):
+    """Whose checksum is right: one line as well."""
+    m, args = ppd_beyond, ppd_beyond.Args(env_id="Hopper-v4", teacher=(str(spoiled / "hopper"),))
+    about, arrays = m.read_file(spoiled / "hopper")
+    m.save_file(tmp_path / "checkpoint_000000000000.safetensors", {
+        "script": "ppd_beyond", "args": vars(args) | {"distill_coef": value}, "updates": 0, "logged": m.BEGIN, "finished": [], "teacher": [about],
+        "command": ""}, {f"teacher/0/{name}": x for name, x in arrays.items()})
+    with pytest.raises(SystemExit) as stopped:
+        go_on(m, tmp_path)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "distill-coef" in error.replace("_", "-") and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("prefix", ["", "teacher/1/"])
 def test_a_teacher_that_is_not_what_it_says(prefix, spoiled, tmp_path, capsys):
     """Each part of a file, or of the second teacher in a checkpoint, gives way in turn: a whole teacher or one line."""
