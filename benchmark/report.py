@@ -5,14 +5,16 @@
 
 Scores are fractions of the teacher's return, task by task and seed by seed. Over tasks and seeds they are aggregated by
 the geometric mean, as in the paper, and by the interquartile mean (Agarwal et al. 2021); intervals are 95% by bootstrap
-over seeds, stratified by task, and need more than one seed. The cells of a row rest on the same tasks and seeds: those
-that all methods of the row have; seeds whose teacher's return is not positive count nowhere. A cell without runs stays
-empty.
+over seeds, stratified by task, and need more than one seed. Where all tasks have several seeds, there are also the
+probability that PPD improves on a baseline and performance profiles (Agarwal et al. 2021 too). The cells of a row rest
+on the same tasks and seeds: those that all methods of the row have; seeds whose teacher's return is not positive count
+nowhere. A cell without runs stays empty.
 Source of the paper's numbers: paper_tables.csv, from Spigler, "Proximal Policy Distillation", TMLR 2025 (2407.15134).
 """
 
 import dataclasses
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (it asks for a screen unless told otherwise first)
+from matplotlib.ticker import EngFormatter  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"teacher-distill": "td", "student-distill": "sd", "ppd": "ppd"}  # as the paper's tables order and call them
@@ -33,6 +36,14 @@ VARIANTS = {"ppd": "the paper's", "ppd-detached": "detached", "ppd-future": "β 
 SIZES = ("smaller", "same", "larger")
 SUITES = {"atari": "Atari", "procgen": "Procgen", "mujoco": "MuJoCo", "gymnax": "MinAtar (gymnax)"}
 CURVE_FIGURES = {"atari": 6, "mujoco": 7, "procgen": 8}
+STYLE = {  # a figure fills a page of text, so that its points are those of print
+    "font.size": 8, "axes.titlesize": 9, "figure.titlesize": 9, "axes.linewidth": 0.6, "lines.linewidth": 1.1,
+    "lines.markersize": 3.5, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "savefig.dpi": 220}
+PAGE = 7.2  # inches
+LOOKS = {  # colour (Okabe and Ito's), line and marker: each tells methods apart without the others
+    "teacher-distill": ("#0072B2", ":", "s"), "student-distill": ("#D55E00", "--", "^"), "ppd": ("black", "-", "o")}
+LINES, MARKERS = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1))), ("o", "s", "^", "D", "v")
+DRAWS = 2000  # of the bootstraps of probabilities and profiles
 FLOOR = 0.01  # what a fraction counts for at least in the geometric mean, which a single 0 would make 0
 
 
@@ -59,7 +70,22 @@ def load(folder: Path) -> pd.DataFrame:
                   f"{means.min():.1f} to {means.max():.1f}", file=sys.stderr)
     studied = runs.loc[runs.experiment == "lambda", ["suite", "task"]].drop_duplicates()
     ones = runs[(runs.experiment == "methods") & (runs.method == "ppd") & (runs["size"] == "larger")].merge(studied)
-    return pd.concat([runs, ones.assign(experiment="lambda")], ignore_index=True)
+    others = [table for table in (ones.assign(experiment="lambda"), references(folder)) if len(table)]
+    return pd.concat([runs, *others], ignore_index=True)
+
+
+def references(folder: Path) -> pd.DataFrame:
+    """Read what benchmark/reference.py left: rows like the grid's, of the experiment "reference"."""
+    rows = []
+    for path in sorted((folder / "reference").glob("*.json")):
+        found = json.loads(path.read_text())
+        row = {"experiment": "reference", "suite": "mujoco", "task": found["env_id"], "method": "ppd"}
+        row |= {"size": found["student_size"], "seed": found["seed"], "command": found["command"]}
+        row |= {"steps": found["steps"], "episodes": len(found["student"]["returns"])}
+        for player in ("teacher", "student"):
+            row |= {f"{player}_mean": found[player]["mean"], f"{player}_std": found[player]["std"]}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def paper_value(table: int, suite: str, size: str, method: str, env: str = "all", split: str = "") -> str:
@@ -116,6 +142,53 @@ def aggregate(rows: pd.DataFrame, player: str = "student", split: str = "") -> d
                                           random_state=np.random.default_rng(0)).confidence_interval
             cells[name] += f" [{found.low:.2f}, {found.high:.2f}]"
     return cells
+
+
+def several_seeds(rows: pd.DataFrame) -> bool:
+    """Tell whether every task has more than one seed."""
+    return len(rows) > 0 and rows.groupby("task").seed.nunique().min() > 1
+
+
+def drawn_seeds(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """Draw the seeds of each task anew, with replacement; returns their indices, [draws, seeds] for each task."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(len(part), size=(DRAWS, len(part))) for part in parts]
+
+
+def probability_of_improvement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> np.ndarray:
+    """Return how often one of our runs scores higher than one of theirs, ties counting half, as a mean over tasks.
+
+    ours, theirs: [..., seeds] for each task. A task's share is the Mann-Whitney U over the number of pairs (Agarwal et
+    al. 2021).
+    """
+    shares = []
+    for x, y in zip(ours, theirs, strict=True):
+        x, y = x[..., :, None], y[..., None, :]
+        shares.append(((x > y) + 0.5 * (x == y)).mean((-2, -1)))
+    return np.mean(shares, 0)
+
+
+def performance_profile(parts: list[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
+    """Return the share of runs that score above each threshold, as a mean over tasks (Agarwal et al. 2021).
+
+    parts: [..., seeds] for each task; the result is [..., thresholds].
+    """
+    return np.mean([(part[..., None] > thresholds).mean(-2) for part in parts], 0)
+
+
+def improvement(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
+    """Return the probability of improvement of rows over others of the same tasks and seeds, as a cell.
+
+    A seed is drawn with its runs of both, which have one teacher.
+    """
+    x, y = (fractions(rows.sort_values(["task", "seed"])) for rows in (ours, theirs))
+    if not x or not y:
+        return ""
+    cell = f"{probability_of_improvement(x, y):.2f}"
+    drawn = drawn_seeds(x)
+    found = probability_of_improvement(*([part[i] for part, i in zip(each, drawn, strict=True)] for each in (x, y)))
+    low, high = np.percentile(found, [2.5, 97.5])
+    return f"{cell} [{low:.2f}, {high:.2f}]"
 
 
 def comparable(parts: dict) -> dict:
@@ -210,6 +283,20 @@ def methods_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "
     return markdown(header, table)
 
 
+def improvement_table(runs: pd.DataFrame, suite: str) -> str:
+    """Return how probable it is that a student of PPD scores higher than a baseline's."""
+    runs, table = runs[runs.suite == suite], []
+    baselines = [name for name in METHODS if name != "ppd"]
+    groups = {size: runs[(runs.experiment == "methods") & (runs["size"] == size)] for size in SIZES}
+    groups["larger, corrupted teacher"] = runs[runs.experiment == "imperfect"]
+    for name, rows in groups.items():
+        if several_seeds(rows):
+            parts = by_method(rows)
+            cells = {method: aggregate(each) for method, each in parts.items()}
+            table.append([name, *(improvement(parts["ppd"], parts[x]) for x in baselines), number_of_runs(cells)])
+    return markdown(["students", *(f"over {name}" for name in baselines), "tasks × seeds"], table)
+
+
 def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "") -> str:
     """Table 2 (Tables 6 and 8 by task): larger students of corrupted teachers, as a fraction of the uncorrupted."""
     runs = runs[(runs.experiment == "imperfect") & (runs.suite == suite)]
@@ -237,9 +324,11 @@ def paper_name(task: str) -> str:
 
 def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
     """Table 5: returns of teachers and students; of a single seed with their standard errors over episodes."""
+    theirs = runs[(runs.experiment == "reference") & (runs.suite == suite)] if not split else runs[:0]
     runs = runs[(runs.experiment == "methods") & (runs.suite == suite)]
     names = [(size, name) for size in SIZES for name in METHODS]
     header = ["task", "teacher", *(f"{size}, {METHODS[name]}" for size, name in names)]
+    header += ["the reference's ppd / teacher (ours)"] * (len(theirs) > 0)
     table = []
     for task in sorted(runs.task.unique()):
         each = runs[runs.task == task]
@@ -254,6 +343,36 @@ def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
                  for size, name in (("teacher", "ppo"), *((size, METHODS[name]) for size, name in names))]
         if any(paper):
             table.append(["the paper's", *paper])
+        if len(theirs):
+            first = next(i for i, line in enumerate(table) if line[0] == task)
+            table[first].append(beside_reference(each, theirs[theirs.task == task]))
+    return markdown(header, [line + [""] * (len(header) - len(line)) for line in table])
+
+
+def beside_reference(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
+    """Return the reference's students of a task as fractions of their teacher, and ours in brackets, as a cell."""
+    ours, cells = ours[ours.method == "ppd"], []
+    for size in SIZES:
+        found = [fractions(rows[rows["size"] == size]) for rows in (theirs, ours)]
+        there, here = (f"{part[0].mean():.2f}" if part else "" for part in found)
+        if there:
+            cells.append(f"{size} {there}" + (f" ({here})" if here else ""))
+    return ", ".join(cells)
+
+
+def reference_table(runs: pd.DataFrame) -> str:
+    """Return PPD of the reference beside ours, run by run: return ± standard error, and fraction of the teacher's."""
+    theirs, table = runs[runs.experiment == "reference"], []
+    ours = runs[(runs.experiment == "methods") & (runs.method == "ppd")]
+    theirs = theirs.assign(order=theirs["size"].map(SIZES.index)).sort_values(["task", "order", "seed"])
+    for _, row in theirs.iterrows():
+        same = ours[(ours.task == row.task) & (ours["size"] == row["size"]) & (ours.seed == row.seed)]
+        cells = []
+        for rows in (same, row.to_frame().T):
+            teacher = scores_at(rows, "teacher", "")
+            cells += [cell_of(teacher), cell_of(scores_at(rows, "student", "", teacher))]
+        table.append([row.task, row["size"], str(row.seed), *cells])
+    header = ["task", "students", "seed", "teacher", "ppd", "teacher, the reference", "ppd, the reference"]
     return markdown(header, table)
 
 
@@ -353,24 +472,45 @@ def interval_cell(values: np.ndarray) -> str:
 # ======================================================================================================================
 
 
+def looks(labels: dict) -> dict:
+    """Return colour, line style and marker of each value: the methods' own, or from dark to light."""
+    if set(labels) <= set(LOOKS):
+        return {value: LOOKS[value] for value in labels}
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.8, len(labels)))
+    return dict(zip(labels, zip(shades, itertools.cycle(LINES), itertools.cycle(MARKERS)), strict=False))
+
+
+def finish(figure, title: str, path: Path) -> None:
+    """Give a figure its title, and one legend of all panels below them, and write it."""
+    handles = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    handles["the teacher"] = handles.pop("the teacher")  # last
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6),
+                  handlelength=3.2, columnspacing=1.5, frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: str, title: str) -> bool:
-    """Draws the return while students learn, and as evaluated at the end; returns whether there was anything to draw.
+    """Draw the return while students learn, and as evaluated at the end; returns whether there was anything to draw.
 
     A panel for each task, a line for each value of the column that is among the labels. The curve of teacher-distill
     would be its teacher's, which acts there, so only its end is drawn. Bands, which overlap where there are many lines,
     are left to the few.
     """
     tasks = sorted(runs.task.unique())
-    columns = min(4, len(tasks))
-    lines = -(-len(tasks) // columns) if tasks else 0
-    if not lines:
+    if not tasks:
         return False
-    few = len(labels) <= len(METHODS)
-    width = max(5.6, 3.6 * columns)  # room for three columns of the legend
-    figure, axes = plt.subplots(lines, columns, figsize=(width, 2.9 * lines + 0.6), squeeze=False, layout="constrained")
-    for axis, task in zip(axes.flat, tasks, strict=False):
+    columns = min(2 if len(tasks) <= 4 else 3, len(tasks))
+    lines = -(-len(tasks) // columns)
+    few, look = len(labels) <= len(METHODS), looks(labels)
+    figure, axes = plt.subplots(lines, columns, figsize=(PAGE, 2.0 * lines + 0.7), squeeze=False, layout="constrained")
+    for number, (axis, task) in enumerate(zip(axes.flat, tasks, strict=False)):
         for i, (value, label) in enumerate(labels.items()):
-            color = f"C{i}" if few else plt.get_cmap("viridis")(0.95 * i / (len(labels) - 1))
+            color, line, marker = look[value]
             each = runs[(runs.task == task) & (runs[column] == value)]
             found = [curve_of(folder, run) for _, run in each.iterrows() if run.method != "teacher-distill"]
             found = [curve for curve in found if len(curve)]
@@ -378,32 +518,52 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
                 steps = found[0].index
                 steps = steps[(steps >= max(x.index[0] for x in found)) & (steps <= min(x.index[-1] for x in found))]
                 values = np.array([np.interp(steps, curve.index, curve) for curve in found])
-                marker = "." if len(steps) < 10 else None
-                axis.plot(steps, values.mean(0), color=color, label=label, marker=marker)
-                if few:
+                apart = max(1, len(steps) // 6)  # between markers, which are not at the same steps on all lines
+                axis.plot(steps, values.mean(0), color=color, linestyle=line, marker=marker, label=label,
+                          markevery=(i * apart // len(labels), apart))
+                if few and len(found) > 1:
                     axis.fill_between(steps, values.mean(0) - values.std(0), values.mean(0) + values.std(0),
-                                      color=color, alpha=0.2, linewidth=0)
+                                      color=color, alpha=0.15, linewidth=0)
             if len(each):
-                axis.errorbar(each.steps.max() * (1.04 + 0.03 * i), each.student_mean.mean(),
-                              each.student_mean.std() if len(each) > 1 else None, color=color, marker="o", capsize=2,
-                              markersize=4, linestyle="none", label=label)
+                axis.errorbar(each.steps.max() * (1.05 + 0.035 * i), each.student_mean.mean(),
+                              each.student_mean.std() if len(each) > 1 else None, color=color, marker=marker, capsize=2,
+                              elinewidth=0.8, linestyle="none", label=label if value == "teacher-distill" else None)
         teachers = runs[runs.task == task].drop_duplicates("seed").teacher_mean
-        axis.axhline(teachers.mean(), linestyle="--", color="black", linewidth=1, label="the teacher")
-        axis.set(title=task, xlabel="environment steps", ylabel="episodic return", xlim=(0, None))
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axis.axhline(teachers.mean(), linestyle=(0, (1, 2)), color="black", linewidth=0.9, label="the teacher")
+        axis.set(title=task, xlim=(0, None), xlabel="environment steps" if number + columns >= len(tasks) else "",
+                 ylabel="episodic return" if number % columns == 0 else "")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axis in axes.flat[len(tasks):]:
         axis.axis("off")
-    handles = {}
-    for axis in axes.flat:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)  # its line, which comes before its dot
-    handles["evaluated at the end"] = plt.Line2D([], [], color="gray", marker="o", markersize=4, linestyle="none")
-    columns = min(len(handles), int(width // 1.8))
-    figure.set_figheight(figure.get_figheight() + 0.22 * (-(-len(handles) // columns) - 2))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-    figure.suptitle(f"{title}, {spread(runs)}")
-    figure.savefig(folder / name, dpi=110)
-    plt.close(figure)
+    finish(figure, f"{title}\n{spread(runs)}; right of the lines: as evaluated at the end", folder / name)
+    return True
+
+
+def profiles(folder: Path, runs: pd.DataFrame, name: str, title: str) -> bool:
+    """Draw performance profiles of all methods, a panel for each size; returns whether there was anything to draw.
+
+    Bands are 95% intervals at each threshold by bootstrap over seeds, stratified by task.
+    """
+    sizes = [size for size in SIZES if several_seeds(runs[runs["size"] == size])]
+    if not sizes:
+        return False
+    figure, axes = plt.subplots(1, len(sizes), figsize=(PAGE, 2.7), squeeze=False, layout="constrained",
+                                sharex=True, sharey=True)
+    for axis, size in zip(axes.flat, sizes, strict=True):
+        found = {method: fractions(rows) for method, rows in by_method(runs[runs["size"] == size]).items()}
+        found = {method: parts for method, parts in found.items() if parts}
+        thresholds = np.linspace(0, 1.02 * max(part.max() for parts in found.values() for part in parts), 301)
+        for i, (method, parts) in enumerate(found.items()):
+            color, line, marker = LOOKS[method]
+            axis.plot(thresholds, performance_profile(parts, thresholds), color=color, linestyle=line, marker=marker,
+                      markevery=(15 * i, 45), label=method)
+            drawn = [part[i] for part, i in zip(parts, drawn_seeds(parts), strict=True)]
+            low, high = np.percentile(performance_profile(drawn, thresholds), [2.5, 97.5], axis=0)
+            axis.fill_between(thresholds, low, high, color=color, alpha=0.15, linewidth=0)
+        axis.axvline(1, color="black", linewidth=0.9, linestyle=(0, (1, 2)), label="the teacher")
+        axis.set(title=f"students: {size}", xlabel="fraction of the teacher's return (τ)")
+    axes[0, 0].set(ylabel="share of runs above τ", xlim=(0, None), ylim=(0, 1.02))
+    finish(figure, title, folder / name)
     return True
 
 
@@ -431,6 +591,10 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
         name = f"figure{CURVE_FIGURES.get(suite, 1)}_{suite}.png"
         title = f"{SUITES[suite]}: larger students"
         if curves(folder, each[each.experiment == "methods"], "method", {x: x for x in METHODS}, name, title):
+            shown.append(f"![{title}]({name})")
+        title = f"{SUITES[suite]}: share of runs above a fraction of the teacher's return"
+        name = f"profiles_{suite}.png"
+        if profiles(folder, runs[(runs.suite == suite) & (runs.experiment == "methods")], name, title):
             shown.append(f"![{title}]({name})")
         small = runs[(runs.suite == suite) & (runs.experiment == "cpu-methods") & (runs["size"] == "smaller")]
         title, name = f"{SUITES[suite]} at CPU scale: students of 64 units", f"figure_cpu_{suite}.png"
@@ -469,6 +633,14 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
             found[f"{suite}-returns"] = (
                 f"{name}: returns, {spread(each[each.experiment == 'methods'])} (Table 5)\n\n"
                 + returns_table(runs, suite))
+            if several_seeds(each[each.experiment == "methods"]):
+                found[f"{suite}-improvement"] = (
+                    f"{name}: probability that a student of PPD scores higher than a baseline's, with 95% intervals "
+                    "over seeds\n\n" + improvement_table(runs, suite))
+        if "reference" in kinds:
+            found[f"{suite}-reference"] = (
+                f"{name}: PPD of the reference beside ours, return ± standard error over episodes, and as a fraction "
+                "of the teacher's\n\n" + reference_table(runs))
         if "imperfect" in kinds:
             found[f"{suite}-imperfect"] = (
                 f"{name}: larger students of corrupted teachers, as a fraction of the uncorrupted, geometric mean "
@@ -488,8 +660,9 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                 f"{name}: larger students of corrupted teachers by PPD, as a fraction of the original's return; mean "
                 "and 95% interval over seeds\n\n" + adaptive_table(runs, suite))
         if kinds & {"cpu-methods", "cpu-imperfect"}:
+            small = each[each.experiment.str.startswith("cpu-")]
             found[f"{suite}-cpu"] = (
-                f"{name} at CPU scale, {spread(each)}: returns ± standard error over games, and as a fraction of the "
+                f"{name} at CPU scale, {spread(small)}: returns ± standard error over games, and as a fraction of the "
                 "teacher's\n\n" + cpu_table(runs, suite))
         if suite == "procgen" and kinds & {"methods", "imperfect"}:
             found["procgen-train-methods"] = (
@@ -516,7 +689,8 @@ def main(args: Args) -> None:
     """Writes report.md, the figures and, from the repository's own results, the tables of README.md and docs/."""
     runs = load(args.results)
     tables = sections(runs)
-    figures = draw(args.results, runs)
+    with plt.rc_context(STYLE):
+        figures = draw(args.results, runs)
     text = "\n\n".join(["# Report of benchmark/report.py", *(f"## {table}" for table in tables.values()), *figures])
     (args.results / "report.md").write_text(text + "\n")
     print(text)
