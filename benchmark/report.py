@@ -64,7 +64,8 @@ def load(folder: Path) -> pd.DataFrame:
         raise SystemExit(f"error: {folder} has no table of the grid: none of {', '.join(f'{x}.csv' for x in SUITES)}")
     runs = pd.concat(tables, ignore_index=True)
     own = runs[(runs.experiment != "beyond") | (runs.suite == "gymnax")]  # on MuJoCo all its students have one teacher
-    for (_, task, seed), means in own.groupby(["suite", "task", "seed"]).teacher_mean:
+    apart = own.experiment == "beyond"  # these are compared among themselves alone
+    for (_, task, seed, _), means in own.groupby(["suite", "task", "seed", apart]).teacher_mean:
         if means.max() - means.min() > 0.01 * means.abs().max():
             print(f"note: {task}, seed {seed}: rows of different teachers or machines, whose returns are "
                   f"{means.min():.1f} to {means.max():.1f}", file=sys.stderr)
@@ -149,10 +150,9 @@ def several_seeds(rows: pd.DataFrame) -> bool:
     return len(rows) > 0 and rows.groupby("task").seed.nunique().min() > 1
 
 
-def drawn_seeds(parts: list[np.ndarray]) -> list[np.ndarray]:
-    """Draw the seeds of each task anew, with replacement; returns their indices, [draws, seeds] for each task."""
-    rng = np.random.default_rng(0)
-    return [rng.integers(len(part), size=(DRAWS, len(part))) for part in parts]
+def redrawn(parts: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """Draw the seeds of each task anew, with replacement; returns their scores, [draws, seeds] for each task."""
+    return [part[rng.integers(len(part), size=(DRAWS, len(part)))] for part in parts]
 
 
 def probability_of_improvement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> np.ndarray:
@@ -177,18 +177,15 @@ def performance_profile(parts: list[np.ndarray], thresholds: np.ndarray) -> np.n
 
 
 def improvement(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
-    """Return the probability of improvement of rows over others of the same tasks and seeds, as a cell.
+    """Return the probability of improvement of rows over others of the same tasks, as a cell.
 
-    A seed is drawn with its runs of both, which have one teacher.
+    The seeds of both are drawn apart, as Agarwal et al. do.
     """
-    x, y = (fractions(rows.sort_values(["task", "seed"])) for rows in (ours, theirs))
+    x, y, rng = fractions(ours), fractions(theirs), np.random.default_rng(0)
     if not x or not y:
         return ""
-    cell = f"{probability_of_improvement(x, y):.2f}"
-    drawn = drawn_seeds(x)
-    found = probability_of_improvement(*([part[i] for part, i in zip(each, drawn, strict=True)] for each in (x, y)))
-    low, high = np.percentile(found, [2.5, 97.5])
-    return f"{cell} [{low:.2f}, {high:.2f}]"
+    low, high = np.percentile(probability_of_improvement(redrawn(x, rng), redrawn(y, rng)), [2.5, 97.5])
+    return f"{probability_of_improvement(x, y):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def comparable(parts: dict) -> dict:
@@ -557,8 +554,8 @@ def profiles(folder: Path, runs: pd.DataFrame, name: str, title: str) -> bool:
             color, line, marker = LOOKS[method]
             axis.plot(thresholds, performance_profile(parts, thresholds), color=color, linestyle=line, marker=marker,
                       markevery=(15 * i, 45), label=method)
-            drawn = [part[i] for part, i in zip(parts, drawn_seeds(parts), strict=True)]
-            low, high = np.percentile(performance_profile(drawn, thresholds), [2.5, 97.5], axis=0)
+            drawn = performance_profile(redrawn(parts, np.random.default_rng(0)), thresholds)
+            low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
             axis.fill_between(thresholds, low, high, color=color, alpha=0.15, linewidth=0)
         axis.axvline(1, color="black", linewidth=0.9, linestyle=(0, (1, 2)), label="the teacher")
         axis.set(title=f"students: {size}", xlabel="fraction of the teacher's return (τ)")
