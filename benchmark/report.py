@@ -1,4 +1,4 @@
-"""Every table and figure of the paper from the raw results of the grid, ours beside the paper's, as markdown and PNG.
+"""Write every table and figure of the paper from the raw results of the grid, ours beside the paper's.
 
     python benchmark/report.py                                   # from benchmark/results, into it, README.md and docs/
     python benchmark/report.py --results runs/grid/results       # from a grid of your own, into its folder
@@ -49,7 +49,7 @@ FLOOR = 0.01  # what a fraction counts for at least in the geometric mean, which
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """All flags of this program."""
+    """Hold all flags of this program."""
 
     results: Path = ROOT / "benchmark/results"
     """folder with {suite}.csv and curves/, as benchmark/grid.py leaves it; report.md and the figures go there"""
@@ -58,7 +58,10 @@ class Args:
 
 
 def load(folder: Path) -> pd.DataFrame:
-    """All rows of all suites; the larger students of PPD are those of λ = 1 in the λ study too, where there is one."""
+    """Read all rows of all suites.
+
+    Where there is a λ study, the larger students of PPD are those of λ = 1 in it.
+    """
     tables = [pd.read_csv(folder / f"{suite}.csv") for suite in SUITES if (folder / f"{suite}.csv").exists()]
     if not tables:
         raise SystemExit(f"error: {folder} has no table of the grid: none of {', '.join(f'{x}.csv' for x in SUITES)}")
@@ -90,7 +93,7 @@ def references(folder: Path) -> pd.DataFrame:
 
 
 def paper_value(table: int, suite: str, size: str, method: str, env: str = "all", split: str = "") -> str:
-    """A cell of the paper's tables, or nothing."""
+    """Return a cell of the paper's tables, or nothing."""
     known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
     found = known[(known.table == table) & (known.suite == suite) & (known["size"] == size) & (known.method == method)
                   & (known.env == env) & (known.split == ("train" if split else "test"))]
@@ -103,24 +106,24 @@ def paper_value(table: int, suite: str, size: str, method: str, env: str = "all"
 
 
 def geometric_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Of the scores of all tasks, each an array with seeds along this axis, none counting for less than 0.01."""
+    """Return the geometric mean of all tasks, each with seeds along this axis; no score counts for less than 0.01."""
     return np.exp(np.log(np.maximum(np.concatenate(tasks, axis), FLOOR)).mean(axis))
 
 
 def interquartile_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Of the scores of all tasks, as above: the mean of the middle half (Agarwal et al. 2021)."""
+    """Return the mean of the middle half of the scores of all tasks, as above (Agarwal et al. 2021)."""
     return scipy.stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis)
 
 
 def scores(rows: pd.DataFrame, player: str, split: str = "") -> pd.Series:
-    """What is compared: mean returns, but of Atari human-normalised scores, as the paper's Tables 1 and 5 do."""
+    """Return what is compared: mean returns, but human-normalised scores on Atari, as in the paper's Tables 1 and 5."""
     names = [f"{player}_{split}mean", f"{player}_human_normalised"]
     means, normalised = (column for _, column in rows.reindex(columns=names).astype(float).items())
     return means.where(rows.suite != "atari", normalised)
 
 
 def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> list[np.ndarray]:
-    """A player's score over its teacher's: of each task, those of its seeds; ValueError if one is there twice."""
+    """Divide a player's scores by its teacher's: [seeds] for each task; ValueError if a run is there twice."""
     again = rows[rows.duplicated(["task", "seed"])]
     if len(again):
         raise ValueError(f"several runs of a task and seed: {again.command.iloc[0]}")
@@ -130,7 +133,7 @@ def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> l
 
 
 def aggregate(rows: pd.DataFrame, player: str = "student", split: str = "") -> dict[str, str]:
-    """Geometric mean, interquartile mean and number of runs, as cells; intervals where there is more than one seed."""
+    """Return geometric mean, interquartile mean and number of runs, as cells; intervals need more than one seed."""
     parts = fractions(rows, player, split)
     if not parts:
         return {"geometric": "", "iqm": "", "runs": ""}
@@ -189,7 +192,7 @@ def improvement(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
 
 
 def comparable(parts: dict) -> dict:
-    """Rows of several methods or λ, of each only the tasks and seeds that all have, but for those without any run."""
+    """Keep of the rows of several methods or λ the tasks and seeds that all have, but for those without any run."""
     known = [set(zip(rows.task, rows.seed, strict=True)) for rows in parts.values() if len(rows)]
     common = set.intersection(*known) if known else set()
     return {name: rows[np.array([x in common for x in zip(rows.task, rows.seed, strict=True)], bool)]
@@ -197,20 +200,20 @@ def comparable(parts: dict) -> dict:
 
 
 def returns(rows: pd.DataFrame, player: str, split: str = "") -> str:
-    """Mean return (of Atari human-normalised) and, of several seeds, its standard deviation over them, as a cell."""
+    """Return the mean return (on Atari human-normalised), and of several seeds its standard deviation, as a cell."""
     values = scores(rows, player, split).dropna()
     deviation = f" ± {number(values.std(), values.mean())}" if len(values) > 1 else ""
     return "" if values.empty else f"{number(values.mean())}{deviation}"
 
 
 def standard_error(rows: pd.DataFrame, player: str, split: str = "") -> str:
-    """Of the mean return of a single run over its episodes, as a cell."""
+    """Return the standard error of the mean return of a single run over its episodes, as a cell."""
     found = scores_at(rows, player, split)
     return number(found[1], found[0]) if found else ""
 
 
 def number(value: float, size: float | None = None) -> str:
-    """A number in a cell, with as many digits as suit one of this size, or its own."""
+    """Return a number as a cell, with as many digits as suit one of this size, or its own."""
     size = abs(value if size is None else size)
     return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
 
@@ -221,34 +224,34 @@ def number(value: float, size: float | None = None) -> str:
 
 
 def markdown(header: list[str], table: list[list[str]]) -> str:
-    """A table as markdown."""
+    """Return a table as markdown."""
     lines = [header, ["---"] * len(header), *table]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def means(statistic: str) -> str:
-    """What the heading of the paper's numbers adds where ours beside them are not geometric means."""
+    """Return what the heading of the paper's numbers adds where ours beside them are not geometric means."""
     return "" if statistic == "geometric" else " (geometric means)"
 
 
 def spread(rows: pd.DataFrame) -> str:
-    """What a return and its spread in a table or figure are."""
+    """Tell what a return and its spread in a table or figure are."""
     seeds = sorted(set(rows.seed))
     return "mean ± standard deviation over seeds" if len(seeds) > 1 else f"one seed ({seeds[0]})"
 
 
 def by_method(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The rows of each method that can be compared."""
+    """Return the rows of each method that can be compared."""
     return comparable({name: runs[runs.method == name] for name in METHODS})
 
 
 def number_of_runs(cells: dict[str, dict[str, str]]) -> str:
-    """The cell that says how many tasks and seeds the others of its row rest on, the same for all with runs."""
+    """Return the cell that says how many tasks and seeds a row rests on, the same for all methods with runs."""
     return next((cell["runs"] for cell in cells.values() if cell["runs"]), "not run")
 
 
 def overview_table(runs: pd.DataFrame, statistic: str) -> str:
-    """Table 1 whole: students as a fraction of their teachers, of each suite of the paper and of all together."""
+    """Return Table 1 whole: students as fractions of their teachers, of each suite of the paper and of all together."""
     paper_header = f"the paper's teacher, td, sd, ppd{means(statistic)}"
     header = ["suite", "students", "teacher", *METHODS, "tasks × seeds", paper_header]
     runs, table = runs[(runs.experiment == "methods") & runs.suite.isin(CURVE_FIGURES)], []
@@ -268,7 +271,7 @@ def overview_table(runs: pd.DataFrame, statistic: str) -> str:
 
 
 def methods_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "") -> str:
-    """Table 1 (on Procgen's training levels Table 7): students of every size, as a fraction of their teachers."""
+    """Return Table 1 (on Procgen's training levels Table 7): students of every size, as fractions of their teachers."""
     header = ["students", *METHODS, "tasks × seeds", f"the paper's td, sd, ppd{means(statistic)}"]
     runs, table = runs[(runs.experiment == "methods") & (runs.suite == suite)], []
     number = 7 if split else 1
@@ -295,7 +298,7 @@ def improvement_table(runs: pd.DataFrame, suite: str) -> str:
 
 
 def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "") -> str:
-    """Table 2 (Tables 6 and 8 by task): larger students of corrupted teachers, as a fraction of the uncorrupted."""
+    """Return Table 2 (by task Tables 6 and 8): larger students of corrupted teachers, as fractions of the original."""
     runs = runs[(runs.experiment == "imperfect") & (runs.suite == suite)]
     paper_header = f"the paper's corrupted, td, sd, ppd{means(statistic)}"
     header, table = ["", "corrupted teacher", *METHODS, "tasks × seeds", paper_header], []
@@ -314,13 +317,13 @@ def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str =
 
 
 def paper_name(task: str) -> str:
-    """A task as the paper's tables call it."""
+    """Return a task's name in the paper's tables."""
     name = re.sub(r"(Easy|Hard)?-(v\d|MinAtar)$", "", task)
     return {"HalfCheetah": "half-cheetah"}.get(name, name.lower())
 
 
 def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
-    """Table 5: returns of teachers and students; of a single seed with their standard errors over episodes."""
+    """Return Table 5: returns of teachers and students; of a single seed with their standard errors over episodes."""
     theirs = runs[(runs.experiment == "reference") & (runs.suite == suite)] if not split else runs[:0]
     runs = runs[(runs.experiment == "methods") & (runs.suite == suite)]
     names = [(size, name) for size in SIZES for name in METHODS]
@@ -374,7 +377,7 @@ def reference_table(runs: pd.DataFrame) -> str:
 
 
 def cpu_table(runs: pd.DataFrame, suite: str) -> str:
-    """Images at a scale that a CPU can train: return ± standard error over games, and the fraction of the teacher's."""
+    """Return results of images at CPU scale: return ± standard error over games, and the fraction of the teacher's."""
     runs = runs[runs.experiment.str.startswith("cpu-") & (runs.method != "ppo") & (runs.suite == suite)]
     levels = {"unseen levels": "", "training levels": "train_"} if suite == "procgen" else {"": ""}
     table = []
@@ -390,7 +393,7 @@ def cpu_table(runs: pd.DataFrame, suite: str) -> str:
 
 
 def scores_at(rows: pd.DataFrame, player: str, split: str, teacher: tuple = ()) -> tuple:
-    """Mean return of a single run, its standard error over different games, and the fraction of a teacher's mean."""
+    """Return a single run's mean return, its standard error over different games, and the fraction of a teacher's."""
     if rows.empty:
         return ()
     row = rows.iloc[0]
@@ -400,7 +403,7 @@ def scores_at(rows: pd.DataFrame, player: str, split: str, teacher: tuple = ()) 
 
 
 def cell_of(found: tuple) -> str:
-    """Such a score as a cell."""
+    """Return such a score as a cell."""
     if not found:
         return ""
     mean, error, *fraction = found
@@ -408,7 +411,7 @@ def cell_of(found: tuple) -> str:
 
 
 def lambda_table(runs: pd.DataFrame, suite: str) -> str:
-    """The λ study: larger students by PPD, as a fraction of their teachers."""
+    """Return the λ study: larger students by PPD, as a fraction of their teachers."""
     runs = runs[(runs.experiment == "lambda") & (runs.suite == suite)]
     parts = comparable({value: runs[runs.distill_coef == value] for value in sorted(runs.distill_coef.unique())})
     runs, table = pd.concat(parts.values()), []
@@ -423,9 +426,9 @@ def lambda_table(runs: pd.DataFrame, suite: str) -> str:
 
 
 def beyond_table(runs: pd.DataFrame, suite: str) -> str:
-    """PPD with a changed term: fraction of the teacher's return, mean and half its 95% interval over seeds (by t).
+    """Return PPD with a changed term: fraction of the teacher's return, mean and half its 95% interval over seeds.
 
-    The last line of each size is the geometric mean over tasks. A cell rests on as many seeds as its variant has.
+    The interval is by t. The last line of each size is the geometric mean over tasks. A cell rests on as many seeds as its variant has.
     """
     runs = runs[(runs.experiment == "beyond") & (runs.suite == suite)]
     names, table = [name for name in VARIANTS if name in set(runs.method)], []
@@ -439,7 +442,7 @@ def beyond_table(runs: pd.DataFrame, suite: str) -> str:
 
 
 def adaptive_table(runs: pd.DataFrame, suite: str) -> str:
-    """λ that adapts, from corrupted teachers: fraction of the original's return, mean and half its 95% interval."""
+    """Return students of corrupted teachers with λ that adapts, as fractions of the original; ± half a 95% interval."""
     runs = runs[(runs.experiment == "adaptive") & (runs.suite == suite)]
     tasks, table = sorted(runs.task.unique()), []
 
@@ -457,7 +460,7 @@ def adaptive_table(runs: pd.DataFrame, suite: str) -> str:
 
 
 def interval_cell(values: np.ndarray) -> str:
-    """The mean of a few seeds and half the width of its 95% confidence interval, as a cell."""
+    """Return the mean of a few seeds and half the width of its 95% confidence interval (by t), as a cell."""
     if len(values) < 2:
         return "".join(f"{x:.2f}" for x in values)
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
@@ -565,7 +568,7 @@ def profiles(folder: Path, runs: pd.DataFrame, name: str, title: str) -> bool:
 
 
 def curve_of(folder: Path, run: pd.Series) -> pd.Series:
-    """The thinned learning curve of the student of a row: returns by environment step, from its first episode's end."""
+    """Read the thinned learning curve of a row's student: returns by environment step, from its first episode's end."""
     experiment = "methods" if run.experiment == "lambda" and run.distill_coef == 1 else run.experiment
     first = run.seed if run.suite != "gymnax" else "*"
     coef = f"__{run.distill_coef:g}" if experiment == "lambda" and run.suite != "gymnax" else ""
@@ -581,7 +584,7 @@ def curve_of(folder: Path, run: pd.Series) -> pd.Series:
 
 
 def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
-    """All figures that the results allow; returns markdown that shows them."""
+    """Draw all figures that the results allow; returns markdown that shows them."""
     shown = []
     for suite in (suite for suite in SUITES if suite in set(runs.suite)):
         each = runs[(runs.suite == suite) & (runs["size"] == "larger")]
@@ -611,7 +614,7 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
 
 
 def sections(runs: pd.DataFrame) -> dict[str, str]:
-    """Every table by its name, with a caption."""
+    """Return every table by its name, with a caption."""
     found = {}
     if set(runs[runs.experiment == "methods"].suite) & set(CURVE_FIGURES):
         found["overview"] = ("Students as a fraction of their teachers, geometric mean (Table 1)\n\n"
@@ -674,7 +677,7 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def fill_tables(text: str, tables: dict[str, str]) -> str:
-    """A page with each table between its marks, `<!-- report: NAME -->` and `<!-- end -->`, brought up to date."""
+    """Bring each table of a page between `<!-- report: NAME -->` and `<!-- end -->` up to date; returns the page."""
     def fill(match: re.Match) -> str:
         table = tables.get(match[2], "Not run yet.")
         return f"{match[1]}\n{table}\n<!-- end -->"
@@ -683,7 +686,7 @@ def fill_tables(text: str, tables: dict[str, str]) -> str:
 
 
 def main(args: Args) -> None:
-    """Writes report.md, the figures and, from the repository's own results, the tables of README.md and docs/."""
+    """Write report.md, the figures and, from the repository's own results, the tables of README.md and docs/."""
     runs = load(args.results)
     tables = sections(runs)
     with plt.rc_context(STYLE):
