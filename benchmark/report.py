@@ -428,7 +428,8 @@ def lambda_table(runs: pd.DataFrame, suite: str) -> str:
 def beyond_table(runs: pd.DataFrame, suite: str) -> str:
     """Return PPD with a changed term: fraction of the teacher's return, mean and half its 95% interval over seeds.
 
-    The interval is by t. The last line of each size is the geometric mean over tasks. A cell rests on as many seeds as its variant has.
+    The interval is by t. The last line of each size is the geometric mean over tasks. A cell rests on as many seeds as
+    its variant has.
     """
     runs = runs[(runs.experiment == "beyond") & (runs.suite == suite)]
     names, table = [name for name in VARIANTS if name in set(runs.method)], []
