@@ -1,18 +1,20 @@
-"""Every table and figure of the paper from the raw results of the grid, ours beside the paper's, as markdown and PNG.
+"""Write every table and figure of the paper from the raw results of the grid, ours beside the paper's.
 
     python benchmark/report.py                                   # from benchmark/results, into it, README.md and docs/
     python benchmark/report.py --results runs/grid/results       # from a grid of your own, into its folder
 
 Scores are fractions of the teacher's return, task by task and seed by seed. Over tasks and seeds they are aggregated by
 the geometric mean, as in the paper, and by the interquartile mean (Agarwal et al. 2021); intervals are 95% by bootstrap
-over seeds, stratified by task, and need more than one seed. The cells of a row rest on the same tasks and seeds: those
-that all methods of the row have; seeds whose teacher's return is not positive count nowhere. A cell without runs stays
-empty.
+over seeds, stratified by task, and need more than one seed. Where all tasks have several seeds, there are also the
+probability that PPD improves on a baseline and performance profiles (Agarwal et al. 2021 too). The cells of a row rest
+on the same tasks and seeds: those that all methods of the row have; seeds whose teacher's return is not positive count
+nowhere. A cell without runs stays empty.
 Source of the paper's numbers: paper_tables.csv, from Spigler, "Proximal Policy Distillation", TMLR 2025 (2407.15134).
 """
 
 import dataclasses
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (it asks for a screen unless told otherwise first)
+from matplotlib.ticker import EngFormatter  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"teacher-distill": "td", "student-distill": "sd", "ppd": "ppd"}  # as the paper's tables order and call them
@@ -33,12 +36,20 @@ VARIANTS = {"ppd": "the paper's", "ppd-detached": "detached", "ppd-future": "β 
 SIZES = ("smaller", "same", "larger")
 SUITES = {"atari": "Atari", "procgen": "Procgen", "mujoco": "MuJoCo", "gymnax": "MinAtar (gymnax)"}
 CURVE_FIGURES = {"atari": 6, "mujoco": 7, "procgen": 8}
+STYLE = {  # a figure fills a page of text, so that its points are those of print
+    "font.size": 8, "axes.titlesize": 9, "figure.titlesize": 9, "axes.linewidth": 0.6, "lines.linewidth": 1.1,
+    "lines.markersize": 3.5, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "savefig.dpi": 220}
+PAGE = 7.2  # inches
+LOOKS = {  # colour (Okabe and Ito's), line and marker: each tells methods apart without the others
+    "teacher-distill": ("#0072B2", ":", "s"), "student-distill": ("#D55E00", "--", "^"), "ppd": ("black", "-", "o")}
+LINES, MARKERS = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1))), ("o", "s", "^", "D", "v")
+DRAWS = 2000  # of the bootstraps of probabilities and profiles
 FLOOR = 0.01  # what a fraction counts for at least in the geometric mean, which a single 0 would make 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """All flags of this program."""
+    """Hold all flags of this program."""
 
     results: Path = ROOT / "benchmark/results"
     """folder with {suite}.csv and curves/, as benchmark/grid.py leaves it; report.md and the figures go there"""
@@ -47,23 +58,42 @@ class Args:
 
 
 def load(folder: Path) -> pd.DataFrame:
-    """All rows of all suites; the larger students of PPD are those of λ = 1 in the λ study too, where there is one."""
+    """Read all rows of all suites.
+
+    Where there is a λ study, the larger students of PPD are those of λ = 1 in it.
+    """
     tables = [pd.read_csv(folder / f"{suite}.csv") for suite in SUITES if (folder / f"{suite}.csv").exists()]
     if not tables:
         raise SystemExit(f"error: {folder} has no table of the grid: none of {', '.join(f'{x}.csv' for x in SUITES)}")
     runs = pd.concat(tables, ignore_index=True)
     own = runs[(runs.experiment != "beyond") | (runs.suite == "gymnax")]  # on MuJoCo all its students have one teacher
-    for (_, task, seed), means in own.groupby(["suite", "task", "seed"]).teacher_mean:
+    apart = own.experiment == "beyond"  # these are compared among themselves alone
+    for (_, task, seed, _), means in own.groupby(["suite", "task", "seed", apart]).teacher_mean:
         if means.max() - means.min() > 0.01 * means.abs().max():
             print(f"note: {task}, seed {seed}: rows of different teachers or machines, whose returns are "
                   f"{means.min():.1f} to {means.max():.1f}", file=sys.stderr)
     studied = runs.loc[runs.experiment == "lambda", ["suite", "task"]].drop_duplicates()
     ones = runs[(runs.experiment == "methods") & (runs.method == "ppd") & (runs["size"] == "larger")].merge(studied)
-    return pd.concat([runs, ones.assign(experiment="lambda")], ignore_index=True)
+    others = [table for table in (ones.assign(experiment="lambda"), references(folder)) if len(table)]
+    return pd.concat([runs, *others], ignore_index=True)
+
+
+def references(folder: Path) -> pd.DataFrame:
+    """Read what benchmark/reference.py left: rows like the grid's, of the experiment "reference"."""
+    rows = []
+    for path in sorted((folder / "reference").glob("*.json")):
+        found = json.loads(path.read_text())
+        row = {"experiment": "reference", "suite": "mujoco", "task": found["env_id"], "method": "ppd"}
+        row |= {"size": found["student_size"], "seed": found["seed"], "command": found["command"]}
+        row |= {"steps": found["steps"], "episodes": len(found["student"]["returns"])}
+        for player in ("teacher", "student"):
+            row |= {f"{player}_mean": found[player]["mean"], f"{player}_std": found[player]["std"]}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def paper_value(table: int, suite: str, size: str, method: str, env: str = "all", split: str = "") -> str:
-    """A cell of the paper's tables, or nothing."""
+    """Return a cell of the paper's tables, or nothing."""
     known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
     found = known[(known.table == table) & (known.suite == suite) & (known["size"] == size) & (known.method == method)
                   & (known.env == env) & (known.split == ("train" if split else "test"))]
@@ -76,24 +106,24 @@ def paper_value(table: int, suite: str, size: str, method: str, env: str = "all"
 
 
 def geometric_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Of the scores of all tasks, each an array with seeds along this axis, none counting for less than 0.01."""
+    """Return the geometric mean of all tasks, each with seeds along this axis; no score counts for less than 0.01."""
     return np.exp(np.log(np.maximum(np.concatenate(tasks, axis), FLOOR)).mean(axis))
 
 
 def interquartile_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Of the scores of all tasks, as above: the mean of the middle half (Agarwal et al. 2021)."""
+    """Return the mean of the middle half of the scores of all tasks, as above (Agarwal et al. 2021)."""
     return scipy.stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis)
 
 
 def scores(rows: pd.DataFrame, player: str, split: str = "") -> pd.Series:
-    """What is compared: mean returns, but of Atari human-normalised scores, as the paper's Tables 1 and 5 do."""
+    """Return what is compared: mean returns, but human-normalised scores on Atari, as in the paper's Tables 1 and 5."""
     names = [f"{player}_{split}mean", f"{player}_human_normalised"]
     means, normalised = (column for _, column in rows.reindex(columns=names).astype(float).items())
     return means.where(rows.suite != "atari", normalised)
 
 
 def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> list[np.ndarray]:
-    """A player's score over its teacher's: of each task, those of its seeds; ValueError if one is there twice."""
+    """Divide a player's scores by its teacher's: [seeds] for each task; ValueError if a run is there twice."""
     again = rows[rows.duplicated(["task", "seed"])]
     if len(again):
         raise ValueError(f"several runs of a task and seed: {again.command.iloc[0]}")
@@ -103,7 +133,7 @@ def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> l
 
 
 def aggregate(rows: pd.DataFrame, player: str = "student", split: str = "") -> dict[str, str]:
-    """Geometric mean, interquartile mean and number of runs, as cells; intervals where there is more than one seed."""
+    """Return geometric mean, interquartile mean and number of runs, as cells; intervals need more than one seed."""
     parts = fractions(rows, player, split)
     if not parts:
         return {"geometric": "", "iqm": "", "runs": ""}
@@ -118,8 +148,51 @@ def aggregate(rows: pd.DataFrame, player: str = "student", split: str = "") -> d
     return cells
 
 
+def several_seeds(rows: pd.DataFrame) -> bool:
+    """Tell whether every task has more than one seed."""
+    return len(rows) > 0 and rows.groupby("task").seed.nunique().min() > 1
+
+
+def redrawn(parts: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """Draw the seeds of each task anew, with replacement; returns their scores, [draws, seeds] for each task."""
+    return [part[rng.integers(len(part), size=(DRAWS, len(part)))] for part in parts]
+
+
+def probability_of_improvement(ours: list[np.ndarray], theirs: list[np.ndarray]) -> np.ndarray:
+    """Return how often one of our runs scores higher than one of theirs, ties counting half, as a mean over tasks.
+
+    ours, theirs: [..., seeds] for each task. A task's share is the Mann-Whitney U over the number of pairs (Agarwal et
+    al. 2021).
+    """
+    shares = []
+    for x, y in zip(ours, theirs, strict=True):
+        x, y = x[..., :, None], y[..., None, :]
+        shares.append(((x > y) + 0.5 * (x == y)).mean((-2, -1)))
+    return np.mean(shares, 0)
+
+
+def performance_profile(parts: list[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
+    """Return the share of runs that score above each threshold, as a mean over tasks (Agarwal et al. 2021).
+
+    parts: [..., seeds] for each task; the result is [..., thresholds].
+    """
+    return np.mean([(part[..., None] > thresholds).mean(-2) for part in parts], 0)
+
+
+def improvement(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
+    """Return the probability of improvement of rows over others of the same tasks, as a cell.
+
+    The seeds of both are drawn apart, as Agarwal et al. do.
+    """
+    x, y, rng = fractions(ours), fractions(theirs), np.random.default_rng(0)
+    if not x or not y:
+        return ""
+    low, high = np.percentile(probability_of_improvement(redrawn(x, rng), redrawn(y, rng)), [2.5, 97.5])
+    return f"{probability_of_improvement(x, y):.2f} [{low:.2f}, {high:.2f}]"
+
+
 def comparable(parts: dict) -> dict:
-    """Rows of several methods or λ, of each only the tasks and seeds that all have, but for those without any run."""
+    """Keep of the rows of several methods or λ the tasks and seeds that all have, but for those without any run."""
     known = [set(zip(rows.task, rows.seed, strict=True)) for rows in parts.values() if len(rows)]
     common = set.intersection(*known) if known else set()
     return {name: rows[np.array([x in common for x in zip(rows.task, rows.seed, strict=True)], bool)]
@@ -127,20 +200,20 @@ def comparable(parts: dict) -> dict:
 
 
 def returns(rows: pd.DataFrame, player: str, split: str = "") -> str:
-    """Mean return (of Atari human-normalised) and, of several seeds, its standard deviation over them, as a cell."""
+    """Return the mean return (on Atari human-normalised), and of several seeds its standard deviation, as a cell."""
     values = scores(rows, player, split).dropna()
     deviation = f" ± {number(values.std(), values.mean())}" if len(values) > 1 else ""
     return "" if values.empty else f"{number(values.mean())}{deviation}"
 
 
 def standard_error(rows: pd.DataFrame, player: str, split: str = "") -> str:
-    """Of the mean return of a single run over its episodes, as a cell."""
+    """Return the standard error of the mean return of a single run over its episodes, as a cell."""
     found = scores_at(rows, player, split)
     return number(found[1], found[0]) if found else ""
 
 
 def number(value: float, size: float | None = None) -> str:
-    """A number in a cell, with as many digits as suit one of this size, or its own."""
+    """Return a number as a cell, with as many digits as suit one of this size, or its own."""
     size = abs(value if size is None else size)
     return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
 
@@ -151,34 +224,34 @@ def number(value: float, size: float | None = None) -> str:
 
 
 def markdown(header: list[str], table: list[list[str]]) -> str:
-    """A table as markdown."""
+    """Return a table as markdown."""
     lines = [header, ["---"] * len(header), *table]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def means(statistic: str) -> str:
-    """What the heading of the paper's numbers adds where ours beside them are not geometric means."""
+    """Return what the heading of the paper's numbers adds where ours beside them are not geometric means."""
     return "" if statistic == "geometric" else " (geometric means)"
 
 
 def spread(rows: pd.DataFrame) -> str:
-    """What a return and its spread in a table or figure are."""
+    """Tell what a return and its spread in a table or figure are."""
     seeds = sorted(set(rows.seed))
     return "mean ± standard deviation over seeds" if len(seeds) > 1 else f"one seed ({seeds[0]})"
 
 
 def by_method(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The rows of each method that can be compared."""
+    """Return the rows of each method that can be compared."""
     return comparable({name: runs[runs.method == name] for name in METHODS})
 
 
 def number_of_runs(cells: dict[str, dict[str, str]]) -> str:
-    """The cell that says how many tasks and seeds the others of its row rest on, the same for all with runs."""
+    """Return the cell that says how many tasks and seeds a row rests on, the same for all methods with runs."""
     return next((cell["runs"] for cell in cells.values() if cell["runs"]), "not run")
 
 
 def overview_table(runs: pd.DataFrame, statistic: str) -> str:
-    """Table 1 whole: students as a fraction of their teachers, of each suite of the paper and of all together."""
+    """Return Table 1 whole: students as fractions of their teachers, of each suite of the paper and of all together."""
     paper_header = f"the paper's teacher, td, sd, ppd{means(statistic)}"
     header = ["suite", "students", "teacher", *METHODS, "tasks × seeds", paper_header]
     runs, table = runs[(runs.experiment == "methods") & runs.suite.isin(CURVE_FIGURES)], []
@@ -198,7 +271,7 @@ def overview_table(runs: pd.DataFrame, statistic: str) -> str:
 
 
 def methods_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "") -> str:
-    """Table 1 (on Procgen's training levels Table 7): students of every size, as a fraction of their teachers."""
+    """Return Table 1 (on Procgen's training levels Table 7): students of every size, as fractions of their teachers."""
     header = ["students", *METHODS, "tasks × seeds", f"the paper's td, sd, ppd{means(statistic)}"]
     runs, table = runs[(runs.experiment == "methods") & (runs.suite == suite)], []
     number = 7 if split else 1
@@ -210,8 +283,22 @@ def methods_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "
     return markdown(header, table)
 
 
+def improvement_table(runs: pd.DataFrame, suite: str) -> str:
+    """Return how probable it is that a student of PPD scores higher than a baseline's."""
+    runs, table = runs[runs.suite == suite], []
+    baselines = [name for name in METHODS if name != "ppd"]
+    groups = {size: runs[(runs.experiment == "methods") & (runs["size"] == size)] for size in SIZES}
+    groups["larger, corrupted teacher"] = runs[runs.experiment == "imperfect"]
+    for name, rows in groups.items():
+        if several_seeds(rows):
+            parts = by_method(rows)
+            cells = {method: aggregate(each) for method, each in parts.items()}
+            table.append([name, *(improvement(parts["ppd"], parts[x]) for x in baselines), number_of_runs(cells)])
+    return markdown(["students", *(f"over {name}" for name in baselines), "tasks × seeds"], table)
+
+
 def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "") -> str:
-    """Table 2 (Tables 6 and 8 by task): larger students of corrupted teachers, as a fraction of the uncorrupted."""
+    """Return Table 2 (by task Tables 6 and 8): larger students of corrupted teachers, as fractions of the original."""
     runs = runs[(runs.experiment == "imperfect") & (runs.suite == suite)]
     paper_header = f"the paper's corrupted, td, sd, ppd{means(statistic)}"
     header, table = ["", "corrupted teacher", *METHODS, "tasks × seeds", paper_header], []
@@ -230,16 +317,18 @@ def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str =
 
 
 def paper_name(task: str) -> str:
-    """A task as the paper's tables call it."""
+    """Return a task's name in the paper's tables."""
     name = re.sub(r"(Easy|Hard)?-(v\d|MinAtar)$", "", task)
     return {"HalfCheetah": "half-cheetah"}.get(name, name.lower())
 
 
 def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
-    """Table 5: returns of teachers and students; of a single seed with their standard errors over episodes."""
+    """Return Table 5: returns of teachers and students; of a single seed with their standard errors over episodes."""
+    theirs = runs[(runs.experiment == "reference") & (runs.suite == suite)] if not split else runs[:0]
     runs = runs[(runs.experiment == "methods") & (runs.suite == suite)]
     names = [(size, name) for size in SIZES for name in METHODS]
     header = ["task", "teacher", *(f"{size}, {METHODS[name]}" for size, name in names)]
+    header += ["the reference's ppd / teacher (ours)"] * (len(theirs) > 0)
     table = []
     for task in sorted(runs.task.unique()):
         each = runs[runs.task == task]
@@ -254,11 +343,41 @@ def returns_table(runs: pd.DataFrame, suite: str, split: str = "") -> str:
                  for size, name in (("teacher", "ppo"), *((size, METHODS[name]) for size, name in names))]
         if any(paper):
             table.append(["the paper's", *paper])
+        if len(theirs):
+            first = next(i for i, line in enumerate(table) if line[0] == task)
+            table[first].append(beside_reference(each, theirs[theirs.task == task]))
+    return markdown(header, [line + [""] * (len(header) - len(line)) for line in table])
+
+
+def beside_reference(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
+    """Return the reference's students of a task as fractions of their teacher, and ours in brackets, as a cell."""
+    ours, cells = ours[ours.method == "ppd"], []
+    for size in SIZES:
+        found = [fractions(rows[rows["size"] == size]) for rows in (theirs, ours)]
+        there, here = (f"{part[0].mean():.2f}" if part else "" for part in found)
+        if there:
+            cells.append(f"{size} {there}" + (f" ({here})" if here else ""))
+    return ", ".join(cells)
+
+
+def reference_table(runs: pd.DataFrame) -> str:
+    """Return PPD of the reference beside ours, run by run: return ± standard error, and fraction of the teacher's."""
+    theirs, table = runs[runs.experiment == "reference"], []
+    ours = runs[(runs.experiment == "methods") & (runs.method == "ppd")]
+    theirs = theirs.assign(order=theirs["size"].map(SIZES.index)).sort_values(["task", "order", "seed"])
+    for _, row in theirs.iterrows():
+        same = ours[(ours.task == row.task) & (ours["size"] == row["size"]) & (ours.seed == row.seed)]
+        cells = []
+        for rows in (same, row.to_frame().T):
+            teacher = scores_at(rows, "teacher", "")
+            cells += [cell_of(teacher), cell_of(scores_at(rows, "student", "", teacher))]
+        table.append([row.task, row["size"], str(row.seed), *cells])
+    header = ["task", "students", "seed", "teacher", "ppd", "teacher, the reference", "ppd, the reference"]
     return markdown(header, table)
 
 
 def cpu_table(runs: pd.DataFrame, suite: str) -> str:
-    """Images at a scale that a CPU can train: return ± standard error over games, and the fraction of the teacher's."""
+    """Return results of images at CPU scale: return ± standard error over games, and the fraction of the teacher's."""
     runs = runs[runs.experiment.str.startswith("cpu-") & (runs.method != "ppo") & (runs.suite == suite)]
     levels = {"unseen levels": "", "training levels": "train_"} if suite == "procgen" else {"": ""}
     table = []
@@ -274,7 +393,7 @@ def cpu_table(runs: pd.DataFrame, suite: str) -> str:
 
 
 def scores_at(rows: pd.DataFrame, player: str, split: str, teacher: tuple = ()) -> tuple:
-    """Mean return of a single run, its standard error over different games, and the fraction of a teacher's mean."""
+    """Return a single run's mean return, its standard error over different games, and the fraction of a teacher's."""
     if rows.empty:
         return ()
     row = rows.iloc[0]
@@ -284,7 +403,7 @@ def scores_at(rows: pd.DataFrame, player: str, split: str, teacher: tuple = ()) 
 
 
 def cell_of(found: tuple) -> str:
-    """Such a score as a cell."""
+    """Return such a score as a cell."""
     if not found:
         return ""
     mean, error, *fraction = found
@@ -292,7 +411,7 @@ def cell_of(found: tuple) -> str:
 
 
 def lambda_table(runs: pd.DataFrame, suite: str) -> str:
-    """The λ study: larger students by PPD, as a fraction of their teachers."""
+    """Return the λ study: larger students by PPD, as a fraction of their teachers."""
     runs = runs[(runs.experiment == "lambda") & (runs.suite == suite)]
     parts = comparable({value: runs[runs.distill_coef == value] for value in sorted(runs.distill_coef.unique())})
     runs, table = pd.concat(parts.values()), []
@@ -307,9 +426,10 @@ def lambda_table(runs: pd.DataFrame, suite: str) -> str:
 
 
 def beyond_table(runs: pd.DataFrame, suite: str) -> str:
-    """PPD with a changed term: fraction of the teacher's return, mean and half its 95% interval over seeds (by t).
+    """Return PPD with a changed term: fraction of the teacher's return, mean and half its 95% interval over seeds.
 
-    The last line of each size is the geometric mean over tasks. A cell rests on as many seeds as its variant has.
+    The interval is by t. The last line of each size is the geometric mean over tasks. A cell rests on as many seeds as
+    its variant has.
     """
     runs = runs[(runs.experiment == "beyond") & (runs.suite == suite)]
     names, table = [name for name in VARIANTS if name in set(runs.method)], []
@@ -323,7 +443,7 @@ def beyond_table(runs: pd.DataFrame, suite: str) -> str:
 
 
 def adaptive_table(runs: pd.DataFrame, suite: str) -> str:
-    """λ that adapts, from corrupted teachers: fraction of the original's return, mean and half its 95% interval."""
+    """Return students of corrupted teachers with λ that adapts, as fractions of the original; ± half a 95% interval."""
     runs = runs[(runs.experiment == "adaptive") & (runs.suite == suite)]
     tasks, table = sorted(runs.task.unique()), []
 
@@ -341,7 +461,7 @@ def adaptive_table(runs: pd.DataFrame, suite: str) -> str:
 
 
 def interval_cell(values: np.ndarray) -> str:
-    """The mean of a few seeds and half the width of its 95% confidence interval, as a cell."""
+    """Return the mean of a few seeds and half the width of its 95% confidence interval (by t), as a cell."""
     if len(values) < 2:
         return "".join(f"{x:.2f}" for x in values)
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
@@ -353,24 +473,45 @@ def interval_cell(values: np.ndarray) -> str:
 # ======================================================================================================================
 
 
+def looks(labels: dict) -> dict:
+    """Return colour, line style and marker of each value: the methods' own, or from dark to light."""
+    if set(labels) <= set(LOOKS):
+        return {value: LOOKS[value] for value in labels}
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.8, len(labels)))
+    return dict(zip(labels, zip(shades, itertools.cycle(LINES), itertools.cycle(MARKERS)), strict=False))
+
+
+def finish(figure, title: str, path: Path) -> None:
+    """Give a figure its title, and one legend of all panels below them, and write it."""
+    handles = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    handles["the teacher"] = handles.pop("the teacher")  # last
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6),
+                  handlelength=3.2, columnspacing=1.5, frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: str, title: str) -> bool:
-    """Draws the return while students learn, and as evaluated at the end; returns whether there was anything to draw.
+    """Draw the return while students learn, and as evaluated at the end; returns whether there was anything to draw.
 
     A panel for each task, a line for each value of the column that is among the labels. The curve of teacher-distill
     would be its teacher's, which acts there, so only its end is drawn. Bands, which overlap where there are many lines,
     are left to the few.
     """
     tasks = sorted(runs.task.unique())
-    columns = min(4, len(tasks))
-    lines = -(-len(tasks) // columns) if tasks else 0
-    if not lines:
+    if not tasks:
         return False
-    few = len(labels) <= len(METHODS)
-    width = max(5.6, 3.6 * columns)  # room for three columns of the legend
-    figure, axes = plt.subplots(lines, columns, figsize=(width, 2.9 * lines + 0.6), squeeze=False, layout="constrained")
-    for axis, task in zip(axes.flat, tasks, strict=False):
+    columns = min(2 if len(tasks) <= 4 else 3, len(tasks))
+    lines = -(-len(tasks) // columns)
+    few, look = len(labels) <= len(METHODS), looks(labels)
+    figure, axes = plt.subplots(lines, columns, figsize=(PAGE, 2.0 * lines + 0.7), squeeze=False, layout="constrained")
+    for number, (axis, task) in enumerate(zip(axes.flat, tasks, strict=False)):
         for i, (value, label) in enumerate(labels.items()):
-            color = f"C{i}" if few else plt.get_cmap("viridis")(0.95 * i / (len(labels) - 1))
+            color, line, marker = look[value]
             each = runs[(runs.task == task) & (runs[column] == value)]
             found = [curve_of(folder, run) for _, run in each.iterrows() if run.method != "teacher-distill"]
             found = [curve for curve in found if len(curve)]
@@ -378,37 +519,57 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
                 steps = found[0].index
                 steps = steps[(steps >= max(x.index[0] for x in found)) & (steps <= min(x.index[-1] for x in found))]
                 values = np.array([np.interp(steps, curve.index, curve) for curve in found])
-                marker = "." if len(steps) < 10 else None
-                axis.plot(steps, values.mean(0), color=color, label=label, marker=marker)
-                if few:
+                apart = max(1, len(steps) // 6)  # between markers, which are not at the same steps on all lines
+                axis.plot(steps, values.mean(0), color=color, linestyle=line, marker=marker, label=label,
+                          markevery=(i * apart // len(labels), apart))
+                if few and len(found) > 1:
                     axis.fill_between(steps, values.mean(0) - values.std(0), values.mean(0) + values.std(0),
-                                      color=color, alpha=0.2, linewidth=0)
+                                      color=color, alpha=0.15, linewidth=0)
             if len(each):
-                axis.errorbar(each.steps.max() * (1.04 + 0.03 * i), each.student_mean.mean(),
-                              each.student_mean.std() if len(each) > 1 else None, color=color, marker="o", capsize=2,
-                              markersize=4, linestyle="none", label=label)
+                axis.errorbar(each.steps.max() * (1.05 + 0.035 * i), each.student_mean.mean(),
+                              each.student_mean.std() if len(each) > 1 else None, color=color, marker=marker, capsize=2,
+                              elinewidth=0.8, linestyle="none", label=label if value == "teacher-distill" else None)
         teachers = runs[runs.task == task].drop_duplicates("seed").teacher_mean
-        axis.axhline(teachers.mean(), linestyle="--", color="black", linewidth=1, label="the teacher")
-        axis.set(title=task, xlabel="environment steps", ylabel="episodic return", xlim=(0, None))
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axis.axhline(teachers.mean(), linestyle=(0, (1, 2)), color="black", linewidth=0.9, label="the teacher")
+        axis.set(title=task, xlim=(0, None), xlabel="environment steps" if number + columns >= len(tasks) else "",
+                 ylabel="episodic return" if number % columns == 0 else "")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axis in axes.flat[len(tasks):]:
         axis.axis("off")
-    handles = {}
-    for axis in axes.flat:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)  # its line, which comes before its dot
-    handles["evaluated at the end"] = plt.Line2D([], [], color="gray", marker="o", markersize=4, linestyle="none")
-    columns = min(len(handles), int(width // 1.8))
-    figure.set_figheight(figure.get_figheight() + 0.22 * (-(-len(handles) // columns) - 2))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-    figure.suptitle(f"{title}, {spread(runs)}")
-    figure.savefig(folder / name, dpi=110)
-    plt.close(figure)
+    finish(figure, f"{title}\n{spread(runs)}; right of the lines: as evaluated at the end", folder / name)
+    return True
+
+
+def profiles(folder: Path, runs: pd.DataFrame, name: str, title: str) -> bool:
+    """Draw performance profiles of all methods, a panel for each size; returns whether there was anything to draw.
+
+    Bands are 95% intervals at each threshold by bootstrap over seeds, stratified by task.
+    """
+    sizes = [size for size in SIZES if several_seeds(runs[runs["size"] == size])]
+    if not sizes:
+        return False
+    figure, axes = plt.subplots(1, len(sizes), figsize=(PAGE, 2.7), squeeze=False, layout="constrained",
+                                sharex=True, sharey=True)
+    for axis, size in zip(axes.flat, sizes, strict=True):
+        found = {method: fractions(rows) for method, rows in by_method(runs[runs["size"] == size]).items()}
+        found = {method: parts for method, parts in found.items() if parts}
+        thresholds = np.linspace(0, 1.02 * max(part.max() for parts in found.values() for part in parts), 301)
+        for i, (method, parts) in enumerate(found.items()):
+            color, line, marker = LOOKS[method]
+            axis.plot(thresholds, performance_profile(parts, thresholds), color=color, linestyle=line, marker=marker,
+                      markevery=(15 * i, 45), label=method)
+            drawn = performance_profile(redrawn(parts, np.random.default_rng(0)), thresholds)
+            low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+            axis.fill_between(thresholds, low, high, color=color, alpha=0.15, linewidth=0)
+        axis.axvline(1, color="black", linewidth=0.9, linestyle=(0, (1, 2)), label="the teacher")
+        axis.set(title=f"students: {size}", xlabel="fraction of the teacher's return (τ)")
+    axes[0, 0].set(ylabel="share of runs above τ", xlim=(0, None), ylim=(0, 1.02))
+    finish(figure, title, folder / name)
     return True
 
 
 def curve_of(folder: Path, run: pd.Series) -> pd.Series:
-    """The thinned learning curve of the student of a row: returns by environment step, from its first episode's end."""
+    """Read the thinned learning curve of a row's student: returns by environment step, from its first episode's end."""
     experiment = "methods" if run.experiment == "lambda" and run.distill_coef == 1 else run.experiment
     first = run.seed if run.suite != "gymnax" else "*"
     coef = f"__{run.distill_coef:g}" if experiment == "lambda" and run.suite != "gymnax" else ""
@@ -424,13 +585,17 @@ def curve_of(folder: Path, run: pd.Series) -> pd.Series:
 
 
 def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
-    """All figures that the results allow; returns markdown that shows them."""
+    """Draw all figures that the results allow; returns markdown that shows them."""
     shown = []
     for suite in (suite for suite in SUITES if suite in set(runs.suite)):
         each = runs[(runs.suite == suite) & (runs["size"] == "larger")]
         name = f"figure{CURVE_FIGURES.get(suite, 1)}_{suite}.png"
         title = f"{SUITES[suite]}: larger students"
         if curves(folder, each[each.experiment == "methods"], "method", {x: x for x in METHODS}, name, title):
+            shown.append(f"![{title}]({name})")
+        title = f"{SUITES[suite]}: share of runs above a fraction of the teacher's return"
+        name = f"profiles_{suite}.png"
+        if profiles(folder, runs[(runs.suite == suite) & (runs.experiment == "methods")], name, title):
             shown.append(f"![{title}]({name})")
         small = runs[(runs.suite == suite) & (runs.experiment == "cpu-methods") & (runs["size"] == "smaller")]
         title, name = f"{SUITES[suite]} at CPU scale: students of 64 units", f"figure_cpu_{suite}.png"
@@ -450,7 +615,7 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
 
 
 def sections(runs: pd.DataFrame) -> dict[str, str]:
-    """Every table by its name, with a caption."""
+    """Return every table by its name, with a caption."""
     found = {}
     if set(runs[runs.experiment == "methods"].suite) & set(CURVE_FIGURES):
         found["overview"] = ("Students as a fraction of their teachers, geometric mean (Table 1)\n\n"
@@ -469,6 +634,14 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
             found[f"{suite}-returns"] = (
                 f"{name}: returns, {spread(each[each.experiment == 'methods'])} (Table 5)\n\n"
                 + returns_table(runs, suite))
+            if several_seeds(each[each.experiment == "methods"]):
+                found[f"{suite}-improvement"] = (
+                    f"{name}: probability that a student of PPD scores higher than a baseline's, with 95% intervals "
+                    "over seeds\n\n" + improvement_table(runs, suite))
+        if "reference" in kinds:
+            found[f"{suite}-reference"] = (
+                f"{name}: PPD of the reference beside ours, return ± standard error over episodes, and as a fraction "
+                "of the teacher's\n\n" + reference_table(runs))
         if "imperfect" in kinds:
             found[f"{suite}-imperfect"] = (
                 f"{name}: larger students of corrupted teachers, as a fraction of the uncorrupted, geometric mean "
@@ -488,8 +661,9 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                 f"{name}: larger students of corrupted teachers by PPD, as a fraction of the original's return; mean "
                 "and 95% interval over seeds\n\n" + adaptive_table(runs, suite))
         if kinds & {"cpu-methods", "cpu-imperfect"}:
+            small = each[each.experiment.str.startswith("cpu-")]
             found[f"{suite}-cpu"] = (
-                f"{name} at CPU scale, {spread(each)}: returns ± standard error over games, and as a fraction of the "
+                f"{name} at CPU scale, {spread(small)}: returns ± standard error over games, and as a fraction of the "
                 "teacher's\n\n" + cpu_table(runs, suite))
         if suite == "procgen" and kinds & {"methods", "imperfect"}:
             found["procgen-train-methods"] = (
@@ -504,7 +678,7 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def fill_tables(text: str, tables: dict[str, str]) -> str:
-    """A page with each table between its marks, `<!-- report: NAME -->` and `<!-- end -->`, brought up to date."""
+    """Bring each table of a page between `<!-- report: NAME -->` and `<!-- end -->` up to date; returns the page."""
     def fill(match: re.Match) -> str:
         table = tables.get(match[2], "Not run yet.")
         return f"{match[1]}\n{table}\n<!-- end -->"
@@ -513,10 +687,11 @@ def fill_tables(text: str, tables: dict[str, str]) -> str:
 
 
 def main(args: Args) -> None:
-    """Writes report.md, the figures and, from the repository's own results, the tables of README.md and docs/."""
+    """Write report.md, the figures and, from the repository's own results, the tables of README.md and docs/."""
     runs = load(args.results)
     tables = sections(runs)
-    figures = draw(args.results, runs)
+    with plt.rc_context(STYLE):
+        figures = draw(args.results, runs)
     text = "\n\n".join(["# Report of benchmark/report.py", *(f"## {table}" for table in tables.values()), *figures])
     (args.results / "report.md").write_text(text + "\n")
     print(text)

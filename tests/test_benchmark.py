@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -315,12 +316,78 @@ def test_committed_rows_are_whole():
         assert rows and list(rows[0]) == grid.COLUMNS
         assert len({tuple(row[name] for name in grid.KEY) for row in rows}) == len(rows)
         teachers = {}
-        for row in rows:  # all of a task and seed had the same one, up to the rounding of different CPUs
-            first = teachers.setdefault((row["task"], row["seed"]), float(row["teacher_mean"]))
+        for row in rows:  # all of a task and seed had the same one, up to the rounding of different CPUs, as had those beyond the paper
+            first = teachers.setdefault((row["task"], row["seed"], row["experiment"] == "beyond"), float(row["teacher_mean"]))
             assert float(row["teacher_mean"]) == pytest.approx(first, rel=1e-3 if path.stem != "gymnax" else 0)
         for row in rows:
             assert row["suite"] == path.stem and row["teacher_mean"] and row["command"].startswith("python ") and "/tmp" not in row["command"]
             assert (row["student_mean"] != "") == (row["method"] != "ppo")
+
+
+def test_probability_of_improvement_by_hand():
+    """Of 2 × 3 pairs of the first task 3 are won and 1 is a tie; all of the second are lost."""
+    ours, theirs = [np.array([1.0, 3.0]), np.array([0.0])], [np.array([0.0, 1.0, 3.0]), np.array([2.0])]
+    assert report.probability_of_improvement(ours, theirs) == pytest.approx((3.5 / 6 + 0.5 / 6 + 0) / 2)
+    won, lost = [np.array([2.0, 3.0])], [np.array([0.0, 1.0])]
+    assert (report.probability_of_improvement(won, lost), report.probability_of_improvement(lost, won)) == (1, 0)
+    assert report.probability_of_improvement(won, won) == 0.5
+    statistic = scipy.stats.mannwhitneyu(*(part[0] for part in (ours, theirs))).statistic
+    assert report.probability_of_improvement(ours[:1], theirs[:1]) == pytest.approx(statistic / 6)
+
+
+def test_performance_profile_by_hand():
+    parts = [np.array([0.5, 1.0]), np.array([1.0, 1.5, 2.0, 0.25])]
+    profile = report.performance_profile(parts, np.array([0.0, 0.5, 1.0, 2.0]))
+    np.testing.assert_allclose(profile, [1, (1 / 2 + 3 / 4) / 2, (0 + 2 / 4) / 2, 0])  # above, so a run at τ does not count
+    drawn = report.performance_profile([np.array([[0.5, 0.5], [1.0, 1.0]])], np.array([0.75]))
+    assert drawn.tolist() == [[0.0], [1.0]]
+
+
+def test_seeds_are_drawn_within_each_task():
+    drawn = report.redrawn([np.array([0.0, 1.0]), np.array([10.0, 11.0, 12.0])], np.random.default_rng(0))
+    assert [x.shape for x in drawn] == [(report.DRAWS, 2), (report.DRAWS, 3)]
+    assert [set(x.ravel().tolist()) for x in drawn] == [{0, 1}, {10, 11, 12}]
+    assert drawn[0].mean() == pytest.approx(0.5, abs=0.05) and abs(np.corrcoef(drawn[0][:, 0], drawn[1][:, 0])[0, 1]) < 0.1
+    rows = pd.DataFrame([{"suite": "gymnax", "task": "A", "seed": seed, "method": method, "teacher_mean": 10.0, "command": "",
+                          "student_mean": seed + 0.5 * (method == "ppd")} for method in ("ppd", "td") for seed in (1, 2)])
+    ours, theirs = (rows[rows.method == name] for name in ("ppd", "td"))
+    assert report.improvement(ours, theirs) == "0.75 [0.00, 1.00]"  # of two seeds an interval says nothing
+    assert report.improvement(ours, theirs[:0]) == ""
+    assert report.several_seeds(rows) and not report.several_seeds(rows[rows.seed == 1])
+
+
+def test_improvement_and_profiles_are_there_only_with_several_seeds(tmp_path):
+    made_up(tmp_path)
+    runs = report.load(tmp_path)
+    line = report.sections(runs)["mujoco-improvement"].splitlines()[-1]
+    assert re.fullmatch(r"\| same \|  \| \d\.\d\d \[\d\.\d\d, \d\.\d\d\] \| 2 × 3 \|", line)
+    assert "mujoco-improvement" not in report.sections(runs[runs.seed == 100])
+    assert report.profiles(tmp_path, runs, "profiles.png", "title") and (tmp_path / "profiles.png").stat().st_size > 10_000
+    assert not report.profiles(tmp_path, runs[runs.seed == 100], "none.png", "title") and not (tmp_path / "none.png").exists()
+
+
+def test_the_reference_stands_beside_ours(tmp_path):
+    made_up(tmp_path)
+    assert report.references(tmp_path).empty and "mujoco-reference" not in report.sections(report.load(tmp_path))
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference/Ant-v4__same__100.json").write_text(json.dumps({
+        "env_id": "Ant-v4", "student_size": "same", "seed": 100, "steps": 1152, "command": "python benchmark/reference.py",
+        "teacher": {"mean": 200_000.0, "std": 2000.0, "returns": [0.0] * 4},
+        "student": {"mean": 50_000.0, "std": 1000.0, "returns": [0.0] * 4}}))
+    runs = report.load(tmp_path).assign(episodes=4, teacher_std=400.0, student_std=200.0)
+    table = report.sections(runs)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table["mujoco-returns"].splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1 and lines[0][-1] == "the reference's ppd / teacher (ours)"
+    assert {line[0]: line[-1] for line in lines[2:]} == {"Ant-v4": "same 0.25 (0.90)", "Hopper-v4": "", "the paper's": ""}
+    assert table["mujoco-reference"].splitlines()[-1] == (
+        "| Ant-v4 | same | 100 | 100,000 ± 200 | 90,000 ± 100 (0.90) | 200,000 ± 200 | 50,000 ± 100 (0.25) |")
+
+
+def test_lines_of_figures_differ_without_colour():
+    for labels in (report.METHODS, dict.fromkeys((0, 0.5, 1, 2, 5))):
+        looks = report.looks(labels)
+        assert list(looks) == list(labels)
+        assert len({str(line) for _, line, _ in looks.values()}) == len({marker for _, _, marker in looks.values()}) == len(labels)
 
 
 def test_the_table_of_images_at_cpu_scale():
