@@ -459,11 +459,11 @@ def test_imperfect_teachers_everywhere(m, env_id, tmp_path, teachers, monkeypatc
         return np.asarray(jax.tree.leaves(tree)[0])
 
     def update(*args):
-        taught.append(first(args[2]))
+        taught.append(first(args[2]["policy"]))
         return state_of(m, args), {"losses/teacher_kl": 1.0}
 
     def assess(args, variant, policy, player):
-        players.append(first(player))
+        players.append(first(player["policy"]))
         return nothing()
 
     monkeypatch.setattr(m, "update", update)
