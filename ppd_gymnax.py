@@ -354,8 +354,8 @@ def reset(env_id: str, num_envs: int, key: jax.Array) -> World:
     return World(states, flatten(env_id, observations), jnp.zeros(num_envs))
 
 
-def step(env_id: str, world: World, actions: jax.Array, keys: jax.Array) -> tuple[World, tuple[jax.Array, ...]]:
-    """Step all environments; returns where they stand then, and the last five parts of a rollout, without T.
+def step(env_id: str, world: World, actions: jax.Array, keys: jax.Array) -> tuple[World, Rollout]:
+    """Step all environments; returns where they stand then, and a rollout of this step, without the axis T.
 
     actions: [N], or [N, A] of any size; what lies beyond the bounds is clipped here and nowhere else. gymnax resets an
     environment on the step that ends its episode. So there is no phantom step, but the observation after that step is
@@ -363,14 +363,14 @@ def step(env_id: str, world: World, actions: jax.Array, keys: jax.Array) -> tupl
     """
     env, params = make_env(env_id)
     space = env.action_space(params)
-    if space.shape:
-        actions = jnp.clip(actions, space.low, space.high).reshape(-1, *space.shape)
+    clipped = jnp.clip(actions, space.low, space.high).reshape(-1, *space.shape) if space.shape else actions
     observations, states, rewards, terminations, truncations, info = jax.vmap(env.step, (0, 0, 0, None))(
-        keys, world.states, actions, params)
+        keys, world.states, clipped, params)
     returns = world.returns + rewards
-    world = World(states, flatten(env_id, observations), jnp.where(terminations | truncations, 0.0, returns))
+    after = World(states, flatten(env_id, observations), jnp.where(terminations | truncations, 0.0, returns))
     rewards, terminations, truncations = (x.astype(jnp.float32) for x in (rewards, terminations, truncations))
-    return world, (rewards, terminations, truncations, flatten(env_id, info["final_observation"]), returns)
+    final_observations = flatten(env_id, info["final_observation"])
+    return after, Rollout(world.observations, actions, rewards, terminations, truncations, final_observations, returns)
 
 
 # ======================================================================================================================
@@ -662,8 +662,8 @@ def pick(tree: Any, which: Any) -> Any:
     return jax.tree.map(lambda x: x[which], tree)
 
 
-def player(state: TrainState) -> dict:
-    """Return what plays, as in a model file: {"policy": ..., "value": ..., "obs_stats": ...}."""
+def model(state: TrainState) -> dict:
+    """Return what a model file holds: {"policy": ..., "value": ..., "obs_stats": ...}."""
     return state.params | {"obs_stats": state.obs_stats}
 
 
@@ -681,9 +681,7 @@ def collect(args: Args, policy: Policy, params: dict, stats: Stats | None, world
         noise, keys = x
         outputs = policy.apply(params, normalize(world.observations, stats))
         actions = outputs[0] + jnp.exp(outputs[1]) * noise if policy.gaussian else jnp.argmax(outputs + noise, axis=-1)
-        observations = world.observations
-        world, found = step(args.env_id, world, actions, keys)
-        return world, Rollout(observations, actions, *found)
+        return step(args.env_id, world, actions, keys)
 
     return jax.lax.scan(advance, world, (noises, jax.random.split(step_key, sizes)))
 
@@ -874,7 +872,6 @@ def exploit(args: Args, state: TrainState, part: int) -> TrainState:
 
 SCRIPT = Path(__file__).stem
 FORMAT = "proximal-policy-distillation 3"
-PHASES = ("teacher", "student")
 BEGIN = {"bytes": 0, "rows": 0, "teacher_step": 0, "student_step": 0, "teacher_SPS": 0.0, "student_SPS": 0.0,
          "seconds": 0.0}  # what is known of the rows of progress.csv
 # Of progress.csv; a teacher's training has no distillation losses, the baselines no PPO's, and their cells stay empty
@@ -975,7 +972,7 @@ class Run:
         self.file = open(self.folder / "progress.csv", "a", newline="")
         self.file.seek(self.file.truncate(min(self.file.tell(), self.logged["bytes"])))
         self.events = {}
-        for phase in PHASES:  # each in its folder, since steps begin anew: START drops all later ones of its folder
+        for phase in ("teacher", "student"):  # a folder for each: START drops all later steps of its folder
             folder, first = self.folder / "tfevents" / phase, self.logged[f"{phase}_step"] + 1
             folder.mkdir(parents=True, exist_ok=True)
             # Not by SummaryWriter, whose thread would wait for ever where the disk is full
@@ -1106,7 +1103,7 @@ def load_teachers(args: Args) -> tuple[Network, dict | None]:
             for name, value in needed.items():
                 if about[name] != value:
                     raise ValueError(f"its {name} is {about[name]}, not {value}")
-            shapes = player(jax.eval_shape(partial(init_state, teacher_args(args), networks), 0))
+            shapes = model(jax.eval_shape(partial(init_state, teacher_args(args), networks), 0))
             found.append((network, {name: fill(x, arrays, name) for name, x in shapes.items()}))
     known, teachers = zip(*found, strict=True)
     if len(set(known)) > 1:
@@ -1129,7 +1126,7 @@ def restore(args: Args, saved: dict, arrays: dict[str, np.ndarray]) -> tuple[Net
         network, teacher = read_network(saved["teacher_network"]), None
         trained, networks = teacher_args(args), make_networks(args.env_id, network)
         if saved["phase"] == "student":
-            teacher = fill(player(shapes_of(trained, networks)), arrays, "teacher")
+            teacher = fill(model(shapes_of(trained, networks)), arrays, "teacher")
             trained, networks = args, make_networks(args.env_id, args.network, network)
         part, rest = divmod(saved["updates"], trained.updates_per_part)
         if rest or not 0 <= part <= trained.parts:
@@ -1164,9 +1161,9 @@ def evaluate(args: Args, policy: Policy, players: dict, keys: jax.Array) -> jax.
             pi = distribution(policy.apply(player["policy"], normalize(world.observations, player["obs_stats"])))
             actions = pi.sample(seed=act_key) if is_grid(args.env_id) else pi.mode()
             keys = jax.random.split(step_key, args.eval_episodes)
-            world, (_, terminations, truncations, _, sums) = step(args.env_id, world, actions, keys)
-            dones = jnp.maximum(terminations, truncations) > 0
-            return world, running & ~dones, jnp.where(running & dones, sums, returns), key
+            world, found = step(args.env_id, world, actions, keys)
+            dones = jnp.maximum(found.terminations, found.truncations) > 0
+            return world, running & ~dones, jnp.where(running & dones, found.returns, returns), key
 
         key, reset_key = jax.random.split(key)
         world = reset(args.env_id, args.eval_episodes, reset_key)
@@ -1203,7 +1200,7 @@ def plot(args: Args, folder: Path, results: dict[str, Any]) -> None:
         curve = np.array(curve).reshape(-1, args.num_seeds, 2)
         curve = curve[np.isfinite(curve).all((1, 2))]  # a seed has no return before an episode's end
         steps, returns = curve[:, 0, 0], curve[:, :, 1]
-        label = phase if phase == "teacher" else f"{phase}, λ = {float(distill_coef):g}"
+        label = phase if len(curves) < 3 else f"{phase}, λ = {float(distill_coef):g}"
         line, = axes.plot(steps, returns.mean(1), label=f"{label}, while it learns")
         axes.fill_between(steps, returns.min(1), returns.max(1), color=line.get_color(), alpha=0.2, linewidth=0)
     for name, style in (("teacher", "--"), ("corrupted_teacher", ":")):
@@ -1312,8 +1309,8 @@ def fit(args: Args, networks: Networks, teacher: dict | None, start: tuple | Non
             # Log
             metrics["charts/distill_coef"] = jnp.mean(coefs, axis=1)
             run.log(phase, part * updates * args.batch_size, runs, metrics)
-            speed = f"{run.logged[f'{phase}_SPS']:,.0f} steps/s"
-            bar.set_postfix_str(f"return {returns.mean():.1f}, {speed}", refresh=False)
+            speed = run.logged[f"{phase}_SPS"]
+            bar.set_postfix_str(f"return {returns.mean():.1f}, {speed:,.0f} steps/s", refresh=False)
 
             # Save
             run.save(phase, part * updates, networks, state, teacher)
@@ -1324,7 +1321,7 @@ def fit(args: Args, networks: Networks, teacher: dict | None, start: tuple | Non
 
 def name_students(args: Args, state: TrainState) -> dict[str, dict]:
     """Return the students [S] by name: those of each λ, or those of a population whose last return was the highest."""
-    students, runs = player(state), np.arange(len(state.recent)).reshape(-1, args.num_seeds)
+    students, runs = model(state), np.arange(len(state.recent)).reshape(-1, args.num_seeds)
     if args.pbt_interval:
         return {"student": pick(students, runs[state.recent[runs].argmax(0), np.arange(args.num_seeds)])}
     if len(args.distill_coef) == 1:
@@ -1382,20 +1379,24 @@ def main(args: Args) -> dict[str, float]:
     if saved:
         print(saved["note"], file=sys.stderr)
 
+    # Train
     run = Run(args, saved)
     with closing(run):
         if teacher is None:
-            teacher, start = player(fit(teacher_args(args), teacher_networks, None, start, run)), None
+            teacher, start = model(fit(teacher_args(args), teacher_networks, None, start, run)), None
         if args.method != "ppo":
             students = name_students(args, fit(args, networks, teacher, start, run))
     if run.signal is not None:  # it came after the last part
         run.stop()
 
+    # Evaluate
     players = {"teacher": (teacher_networks.policy, teacher)}
     if args.teacher_noise_std:
         players["corrupted_teacher"] = (teacher_networks.policy, imperfect(args, teacher))
     players |= {name: (networks.policy, params) for name, params in students.items()}
     results = {name: assess(args, *each) for name, each in players.items()}
+
+    # Save
     return finish(args, run, players, results)
 
 

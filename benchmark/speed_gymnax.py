@@ -57,7 +57,7 @@ def trainer(args: m.Args, taught: bool):
     """A function of the number of updates that trains all seeds for so many and waits for the end."""
     networks, teacher = m.make_networks(args.env_id, args.networks["same"]), None
     if taught:
-        teacher = m.stack([m.player(m.init_state(args, networks, 0))] * args.num_seeds)
+        teacher = m.stack([m.model(m.init_state(args, networks, 0))] * args.num_seeds)
         networks = m.make_networks(args.env_id, args.networks["same"], args.networks["same"])
     state = m.stack([m.init_state(args, networks, i) for i in range(args.num_seeds)])
     state, teacher = m.spread(state), m.spread(teacher) if taught else None

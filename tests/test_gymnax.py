@@ -67,7 +67,7 @@ def test_an_episode_ends_with_its_true_final_observation(env_id):
     jitted = jax.jit(m.step, static_argnums=0)
     ends, total = 0, 0.0
     for t in range(steps):
-        world, (reward, terminated, truncated, final, returns) = jitted(
+        world, (_, _, reward, terminated, truncated, final, returns) = jitted(
             env_id, world, actions[:, None] if env_id == "Pendulum-v1" else actions, jax.random.split(jax.random.fold_in(key, t), 1))
         observation, state, own_reward, own_end, _ = env.step_env(key, state, actions, params) if env_id == "Pendulum-v1" else (
             env.step_env(key, state, actions[0], params))
@@ -305,7 +305,7 @@ def test_lambda_zero_is_ppo_whatever_the_teacher(tmp_path):
     networks = m.make_networks(args.env_id, args.network, teacher_network)
     start = m.stack([m.init_state(args, networks, 7)])
     other = m.init_state(args, m.make_networks(args.env_id, teacher_network), 9)
-    teacher = m.stack([m.player(other)])
+    teacher = m.stack([m.model(other)])
     zero, one = (m.train(args, networks, teacher, copy(start), jnp.full((1, 1), coef))[0].params for coef in (0.0, 1.0))
     without = m.train(args, networks._replace(teacher=None), None, copy(start), jnp.zeros((1, 1)))[0].params
     for x, y in zip(jax.tree.leaves(zero), jax.tree.leaves(without), strict=True):
