@@ -10,9 +10,11 @@ rollout with the student, estimates advantages A, and over epochs of shuffled mi
     minimises  E[ (V(s) - R)² ]                              with r = π(a|s) / π_old(a|s), not detached.
 
 PPO is the case without a teacher, so one `train` serves teacher and student. What makes PPD out of PPO is marked
-`# PPD`. --method student-distill and teacher-distill run the paper's baselines instead. A seed learns the same whether
-it runs alone or among others. Source: Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), Algorithms
-1 to 3; the tasks are gymnax's, and networks and budgets are ours, small enough for a laptop.
+`# PPD`. --method runs the paper's baselines instead: in student-distill the student acts, in teacher-distill its
+teacher, and the student regresses. A seed learns the same whether it runs alone or among others. Source: Spigler,
+"Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), Algorithms 1 to 3; networks and budgets are ours, small
+enough for a laptop. Tasks, by gymnax's names: CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, Reacher-misc,
+MountainCarContinuous-v0, and MinAtar's Asterix-, Breakout-, Freeway-, Seaquest- and SpaceInvaders-MinAtar.
 """
 
 # /// script
@@ -69,7 +71,7 @@ from matplotlib.figure import Figure
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
-from tqdm import tqdm
+from tqdm import trange
 
 # ======================================================================================================================
 # Arguments
@@ -100,41 +102,30 @@ class Args:
     """All flags."""
 
     # Task
-    env_id: str = "Breakout-MinAtar"
-    """task, by gymnax's name: CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, MountainCarContinuous-v0,
-    Reacher-misc, or Asterix-, Breakout-, Freeway-, Seaquest- or SpaceInvaders-MinAtar"""
-    seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
+    env_id: str = "Breakout-MinAtar"  # task by gymnax's name: of MinAtar, classic control, or Reacher-misc
+    seed: int = 100  # first seed; a seed settles networks, actions, minibatches and environments
     num_seeds: int = 4  # seeds learned side by side: --seed and those after it
     total_timesteps: int | None = None  # environment steps of each student; by default a fifth of its teacher's
     cnn: bool = False  # a convolution and a hidden layer for MinAtar, in place of an MLP on the flattened grid
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where all of it runs; gpu is an error where there is none
 
     # Teacher
-    teacher: str | None = None
-    """file of a teacher for all seeds, or a run's folder, whose teacher_{seed}.safetensors teaches that seed; by
-    default each seed trains its own"""
+    teacher: str | None = None  # file for all seeds, or folder with teacher_{seed}.safetensors; by default trained here
     teacher_timesteps: int | None = None  # environment steps of each teacher, where it is trained here
     teacher_num_envs: int | None = None  # environments while the teacher is trained; by default --num-envs
-    teacher_num_steps: int | None = None  # steps of each environment in a rollout while the teacher is trained
-    teacher_ent_coef: float | None = None
-    """weight of the entropy bonus while the teacher is trained; by default 0.01, but 0.05 for Acrobot and MountainCar,
-    whose reward stays the same until the goal is reached by chance"""
+    teacher_num_steps: int = 128  # steps of each environment in a rollout while the teacher is trained
+    teacher_ent_coef: float | None = None  # weight of its entropy bonus: 0.01, but 0.05 for Acrobot and MountainCar
     teacher_noise_std: float = 0.0  # noise on every parameter of the teacher (σ); the paper's: 0 or 0.05
     teacher_noise_seed: int = 0  # seed of that noise for the first seed, and so on
 
     # Student
-    method: Literal["ppd", "student-distill", "teacher-distill", "ppo"] = "ppd"
-    """Algorithm 1, 2 (the student acts, and regresses to its teacher) or 3 (the teacher acts, the student regresses);
-    ppo trains teachers and no student"""
-    student_size: Literal["smaller", "same", "larger"] = "larger"
-    """parameters of the student, about 0.25, 1 or 4 times its teacher's"""
+    method: Literal["ppd", "student-distill", "teacher-distill", "ppo"] = "ppd"  # ppo: teachers, and no student
+    student_size: Literal["smaller", "same", "larger"] = "larger"  # about 0.25, 1 or 4 times its teacher's parameters
     student_hidden: tuple[int, ...] | None = None  # widths of the student's hidden layers; overrides --student-size
     distill_coef: tuple[float, ...] = (1.0,)  # weights of the distillation term (λ), each a student; 0 is PPO
     distill_coef_final: float | None = None  # λ at the end of the run, reached linearly; by default constant
     distill_coef_decay: Literal["none", "return"] = "none"  # return: λ falls to 0 as the return rises to the teacher's
-    pbt_interval: int | None = None
-    """parts after which, of each seed's students of several λ, the worst takes parameters and λ of the best, and 0.8 or
-    1.25 times that λ (population based training, as in Schmitt et al. 2018)"""
+    pbt_interval: int | None = None  # parts after which each seed's worst λ goes on from its best, with a λ near that
     distill_weight: Literal["ratio", "detached"] = "ratio"  # max(r, 1-ε) with its gradient, the paper's, or without
     distill_future_coef: float = 0.0  # weight of a reward of -λ KL in the next state (β); 0 is the paper's
     teacher_mean_clip: bool = False  # clip the teacher's mean actions to their bounds in the KL divergence
@@ -143,8 +134,8 @@ class Args:
     # PPO (the baselines have no epochs, advantages or ratios)
     learning_rate: float | None = None  # step size of Adam, constant
     num_envs: int | None = None  # environments stepped in parallel (N); the baselines take fewer, for equal updates
-    num_steps: int | None = None  # steps of a student's rollout (T), by default 32; of the baselines the paper's: 5
-    num_minibatches: int = 8  # minibatches of an epoch; by default the fewest of at most 512 samples
+    num_steps: int | None = None  # steps of a student's rollout (T): 32 on MinAtar, else 64; of the baselines 5
+    num_minibatches: int = 8  # minibatches of an epoch, a divisor of N*T
     update_epochs: int = 4  # passes over each rollout
     gamma: float = 0.99  # discount factor (γ)
     gae_lambda: float = 0.95  # decay of generalised advantage estimation
@@ -157,12 +148,15 @@ class Args:
     run_dir: str | None = None  # folder; by default runs/{env_id}__{script}__{student_size}__{seed}__{unix_time}
     resume: str | None = None  # folder of a run to go on with, by its flags
     num_parts: int = 50  # parts of each training; after each come rows in progress.csv and a checkpoint
-    eval_episodes: int = 100
-    """episodes of the final evaluation, with raw rewards: deterministic actions on states; sampled ones on MinAtar,
-    whose games hardly vary otherwise"""
+    eval_episodes: int = 100  # episodes of the final evaluation, with raw rewards; actions are sampled on MinAtar alone
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     wandb_project_name: str = "ppd"  # project to log to
     wandb_entity: str | None = None  # team to log to
+
+    @property
+    def seeds(self) -> range:
+        """All seeds (S)."""
+        return range(self.seed, self.seed + self.num_seeds)
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -181,29 +175,21 @@ class Args:
         return self.num_envs * self.num_steps
 
     @property
-    def num_updates(self) -> int:
-        """Rollouts of the training, each followed by one update."""
-        return -(-self.total_timesteps // self.batch_size)
-
-    @property
     def updates_per_part(self) -> int:
-        """Updates of one of the about --num-parts parts; the last part may go a little further than asked."""
-        return -(-self.num_updates // self.num_parts)
+        """Rollouts of one of the about --num-parts parts, each followed by one update."""
+        return -(-self.total_timesteps // (self.batch_size * self.num_parts))
 
     @property
     def parts(self) -> int:
-        """Parts of the training; there are no more than updates."""
-        return -(-self.num_updates // self.updates_per_part)
+        """Parts of the training, no more than updates; the last may go a little further than asked."""
+        return -(-self.total_timesteps // (self.batch_size * self.updates_per_part))
 
 
-# Defaults of MinAtar, of other tasks, and of those whose reward is the same until chance has reached the goal; found by
-# trying a few values, not the paper's
-MINATAR = {"learning_rate": 2.5e-3, "num_envs": 64, "num_steps": 32, "teacher_num_steps": 128,
-           "teacher_timesteps": 400_000, "teacher_ent_coef": 0.01}
-STATES = {"learning_rate": 1e-3, "num_envs": 16, "num_steps": 64, "teacher_num_steps": 128,
-          "teacher_timesteps": 500_000, "teacher_ent_coef": 0.01}
+# Defaults of MinAtar and of other tasks; found by trying a few values, not the paper's
+MINATAR = {"learning_rate": 2.5e-3, "num_envs": 64, "num_steps": 32, "teacher_timesteps": 400_000}
+STATES = {"learning_rate": 1e-3, "num_envs": 16, "num_steps": 64, "teacher_timesteps": 500_000}
 BASELINES = {"num_envs": 16, "num_steps": 5}  # a gradient step for 80 samples; PPD takes one for 64, the paper for 90
-SPARSE = dict.fromkeys(("Acrobot-v1", "MountainCar-v0"), {"teacher_ent_coef": 0.05})
+SPARSE = ("Acrobot-v1", "MountainCar-v0")  # rewards stay the same until chance has reached the goal
 
 # Smallest and largest value of a flag, or of each of its numbers
 RANGES = {
@@ -256,14 +242,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def resolve(args: Args) -> Args:
     """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
-    check_task(args.env_id)
-    known = (MINATAR if is_grid(args.env_id) else STATES) | SPARSE.get(args.env_id, {})
-    known |= {"teacher_num_envs": args.num_envs or known["num_envs"]}
+    env, params = make_env(args.env_id)
+    known = MINATAR if is_grid(args.env_id) else STATES
+    known = known | {"teacher_num_envs": args.num_envs or known["num_envs"],
+                     "teacher_ent_coef": 0.05 if args.env_id in SPARSE else 0.01,
+                     "total_timesteps": max(1, (args.teacher_timesteps or known["teacher_timesteps"]) // 5)}
     if args.method.endswith("distill"):
         known |= BASELINES
     args = dataclasses.replace(args, **{name: value for name, value in known.items() if getattr(args, name) is None})
-    if args.total_timesteps is None:
-        args = dataclasses.replace(args, total_timesteps=max(1, args.teacher_timesteps // 5))
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
         numbers = value if isinstance(value, tuple) else (value,)
@@ -280,7 +266,7 @@ def resolve(args: Args) -> Args:
         fail("--distill-coef-final and --distill-coef-decay exclude each other")
     if args.pbt_interval and len(args.distill_coef) < 2:
         fail("--pbt-interval needs a population: two numbers or more for --distill-coef")
-    if args.teacher_mean_clip and not make_env(args.env_id)[0].action_space(make_env(args.env_id)[1]).shape:
+    if args.teacher_mean_clip and not env.action_space(params).shape:
         fail(f"--teacher-mean-clip is for continuous actions; those of {args.env_id} are not")
     if args.cnn and not is_grid(args.env_id):
         fail(f"--cnn is for MinAtar; {args.env_id} has states")
@@ -313,21 +299,15 @@ def teacher_args(args: Args) -> Args:
 # ======================================================================================================================
 
 
-def check_task(env_id: str) -> None:
-    """End the program for a task that gymnax does not have, naming those like it."""
+@cache
+def make_env(env_id: str) -> tuple[Any, Any]:
+    """Make the environment, which holds no state, and its parameters; end the program for a task that is unknown."""
     import gymnax  # not before: its import makes JAX settle its devices
 
     known = [name for name in gymnax.registered_envs if name != "MNISTBandit-bsuite"]  # that one downloads its images
     if env_id not in known:
         near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3) or known
         fail(f"unknown gymnax task {env_id}; did you mean {', '.join(near)}?")
-
-
-@cache
-def make_env(env_id: str) -> tuple[Any, Any]:
-    """Make the environment, which holds no state, and its parameters."""
-    import gymnax  # not before: its import makes JAX settle its devices
-
     return gymnax.make(env_id)
 
 
@@ -342,9 +322,9 @@ def observation_dim(env_id: str) -> int:
     return int(np.prod(env.observation_space(params).shape))
 
 
-def flatten(env_id: str, observation: jax.Array) -> jax.Array:
-    """Flatten an observation to [D]: states as float32; a grid as bool, which takes a quarter of the memory."""
-    return observation.reshape(-1).astype(bool if is_grid(env_id) else jnp.float32)
+def flatten(env_id: str, observations: jax.Array) -> jax.Array:
+    """Flatten observations to [N, D]: states as float32; grids as bool, which takes a quarter of the memory."""
+    return observations.reshape(len(observations), -1).astype(bool if is_grid(env_id) else jnp.float32)
 
 
 class World(NamedTuple):
@@ -371,11 +351,11 @@ def reset(env_id: str, num_envs: int, key: jax.Array) -> World:
     """Reset all environments."""
     env, params = make_env(env_id)
     observations, states = jax.vmap(env.reset, (0, None))(jax.random.split(key, num_envs), params)
-    return World(states, jax.vmap(partial(flatten, env_id))(observations), jnp.zeros(num_envs))
+    return World(states, flatten(env_id, observations), jnp.zeros(num_envs))
 
 
-def step(env_id: str, world: World, actions: jax.Array, keys: jax.Array) -> tuple[World, tuple[jax.Array, ...]]:
-    """Step all environments; returns where they stand then, and the last five parts of a rollout, without T.
+def step(env_id: str, world: World, actions: jax.Array, keys: jax.Array) -> tuple[World, Rollout]:
+    """Step all environments; returns where they stand then, and a rollout of this step, without the axis T.
 
     actions: [N], or [N, A] of any size; what lies beyond the bounds is clipped here and nowhere else. gymnax resets an
     environment on the step that ends its episode. So there is no phantom step, but the observation after that step is
@@ -383,15 +363,14 @@ def step(env_id: str, world: World, actions: jax.Array, keys: jax.Array) -> tupl
     """
     env, params = make_env(env_id)
     space = env.action_space(params)
-    if space.shape:
-        actions = jnp.clip(actions, space.low, space.high).reshape(-1, *space.shape)
+    clipped = jnp.clip(actions, space.low, space.high).reshape(-1, *space.shape) if space.shape else actions
     observations, states, rewards, terminations, truncations, info = jax.vmap(env.step, (0, 0, 0, None))(
-        keys, world.states, actions, params)
-    shape = jax.vmap(partial(flatten, env_id))
-    returns, dones = world.returns + rewards, terminations | truncations
-    ends = terminations.astype(jnp.float32), truncations.astype(jnp.float32)
-    world = World(states, shape(observations), jnp.where(dones, 0.0, returns))
-    return world, (rewards.astype(jnp.float32), *ends, shape(info["final_observation"]), returns)
+        keys, world.states, clipped, params)
+    returns = world.returns + rewards
+    after = World(states, flatten(env_id, observations), jnp.where(terminations | truncations, 0.0, returns))
+    rewards, terminations, truncations = (x.astype(jnp.float32) for x in (rewards, terminations, truncations))
+    final_observations = flatten(env_id, info["final_observation"])
+    return after, Rollout(world.observations, actions, rewards, terminations, truncations, final_observations, returns)
 
 
 # ======================================================================================================================
@@ -623,13 +602,6 @@ class Networks(NamedTuple):
     teacher_value: Value | None
 
 
-class Frozen(NamedTuple):
-    """Players that do not learn: parameters {"policy": ..., "value": ...}, and the statistics of their states."""
-
-    params: dict
-    obs_stats: Stats | None
-
-
 class TrainState(NamedTuple):
     """All that learning changes, of one run or, with a leading axis [R], of several."""
 
@@ -644,13 +616,14 @@ class TrainState(NamedTuple):
     recent: jax.Array  # mean return of the episodes of the last part that had any
 
 
-def make_networks(env_id: str, network: Network, teacher: Networks | None = None) -> Networks:
+def make_networks(env_id: str, network: Network, teacher: Network | None = None) -> Networks:
     """Make the policy and the value of a task, beside those of the teacher."""
     env, params = make_env(env_id)
     space = env.action_space(params)
     gaussian = bool(space.shape)
-    policy = Policy(network, int(np.prod(space.shape)) if gaussian else int(space.n), gaussian)
-    return Networks(policy, Value(network), *((None, None) if teacher is None else teacher[:2]))
+    action_dim = int(np.prod(space.shape)) if gaussian else int(space.n)
+    known = (Policy(teacher, action_dim, gaussian), Value(teacher)) if teacher else (None, None)
+    return Networks(Policy(network, action_dim, gaussian), Value(network), *known)
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -671,9 +644,8 @@ def init_state(args: Args, networks: Networks, seed: int) -> TrainState:
     obs_stats = None if is_grid(args.env_id) else Stats(jnp.zeros_like(x[0]), jnp.ones_like(x[0]), jnp.float32(1e-4))
     return_stats = Stats(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-4))
     world = jax.jit(reset, static_argnums=(0, 1))(args.env_id, args.num_envs, reset_key)
-    opt_state = make_optimizer(args).init(params)
-    zero = jnp.float32(0.0)
-    return TrainState(params, opt_state, obs_stats, return_stats, jnp.zeros(args.num_envs), world, key, zero, zero)
+    return TrainState(params, make_optimizer(args).init(params), obs_stats, return_stats, jnp.zeros(args.num_envs),
+                      world, key, distill_coef=jnp.float32(0.0), recent=jnp.float32(0.0))
 
 
 def stack(trees: list) -> Any:
@@ -690,6 +662,11 @@ def pick(tree: Any, which: Any) -> Any:
     return jax.tree.map(lambda x: x[which], tree)
 
 
+def model(state: TrainState) -> dict:
+    """Return what a model file holds: {"policy": ..., "value": ..., "obs_stats": ...}."""
+    return state.params | {"obs_stats": state.obs_stats}
+
+
 def collect(args: Args, policy: Policy, params: dict, stats: Stats | None, world: World, key: jax.Array) -> tuple:
     """Step the environments T times with sampled actions; returns where they stand, and the rollout.
 
@@ -704,9 +681,7 @@ def collect(args: Args, policy: Policy, params: dict, stats: Stats | None, world
         noise, keys = x
         outputs = policy.apply(params, normalize(world.observations, stats))
         actions = outputs[0] + jnp.exp(outputs[1]) * noise if policy.gaussian else jnp.argmax(outputs + noise, axis=-1)
-        observations = world.observations
-        world, found = step(args.env_id, world, actions, keys)
-        return world, Rollout(observations, actions, *found)
+        return step(args.env_id, world, actions, keys)
 
     return jax.lax.scan(advance, world, (noises, jax.random.split(step_key, sizes)))
 
@@ -720,9 +695,9 @@ def gradient_step(args: Args, loss_fn: Callable, params: dict, opt_state: optax.
     return (params, opt_state), metrics
 
 
-def teach(args: Args, networks: Networks, teacher: Frozen, observations: jax.Array) -> Any:
+def teach(args: Args, networks: Networks, teacher: dict, observations: jax.Array) -> Any:
     """Return the teacher policy's outputs, [..., A] (each), for normalised observations [..., D]."""
-    outputs = networks.teacher.apply(teacher.params["policy"], observations)
+    outputs = networks.teacher.apply(teacher["policy"], observations)
     if args.teacher_mean_clip:
         env, params = make_env(args.env_id)
         space = env.action_space(params)
@@ -731,11 +706,9 @@ def teach(args: Args, networks: Networks, teacher: Frozen, observations: jax.Arr
 
 
 def learn_ppd(
-    args: Args, networks: Networks, teacher: Frozen | None, state: TrainState, rollout: Rollout, distill_coef: jax.Array
+    args: Args, networks: Networks, teacher: dict | None, state: TrainState, rollout: Rollout, distill_coef: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Learn by PPD, or by PPO where there is no teacher: epochs of minibatches from one rollout."""
-    dones = jnp.maximum(rollout.terminations, rollout.truncations)
-
     # The parameters are still those of the rollout, so its values and log-probabilities are one batched call
     observations = normalize(rollout.observations, state.obs_stats)
     values = networks.value.apply(state.params["value"], observations)
@@ -748,20 +721,21 @@ def learn_ppd(
     else:
         outputs = teach(args, networks, teacher, observations)  # PPD: once a rollout, for all epochs
 
+    dones = jnp.maximum(rollout.terminations, rollout.truncations)
+    gae = partial(compute_gae, terminations=rollout.terminations, truncations=rollout.truncations, gamma=args.gamma,
+                  gae_lambda=args.gae_lambda)
     discounted, sums = discount_forward(rollout.rewards, dones, state.discounted, args.gamma)
     return_stats = update_stats(state.return_stats, sums.reshape(-1))
     rewards = jnp.clip(rollout.rewards / jnp.sqrt(return_stats.var + 1e-8), -10.0, 10.0)
-    advantages, returns = compute_gae(
-        rewards, values, next_values, rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda)
+    advantages, returns = gae(rewards, values, next_values)
     future = None
     if args.distill_future_coef:  # PPD: the later KL divergence that an action leads to is a reward with its own values
         pi = distribution(networks.policy.apply(state.params["policy"], next_observations))
         kl = divergence(distribution(teach(args, networks, teacher, next_observations)), pi, args.kl_direction)
         rewards = -args.distill_future_coef * distill_coef * kl * (1.0 - rollout.terminations)
-        values, next_values = (
-            networks.value.apply(state.params["future"], x) for x in (observations, next_observations))
-        ahead, future = compute_gae(
-            rewards, values, next_values, rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda)
+        values = networks.value.apply(state.params["future"], observations)
+        next_values = networks.value.apply(state.params["future"], next_observations)
+        ahead, future = gae(rewards, values, next_values)
         advantages += ahead
 
     batch = Batch(observations, rollout.actions, log_probs, advantages, returns, outputs, future)
@@ -802,12 +776,12 @@ def learn_ppd(
 
 
 def learn_by_regression(
-    args: Args, networks: Networks, teacher: Frozen, state: TrainState, rollout: Rollout
+    args: Args, networks: Networks, teacher: dict, state: TrainState, rollout: Rollout
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Learn as the baselines do: one gradient step on a whole rollout, towards the teacher's policy and value."""
     observations = normalize(rollout.observations.reshape(args.batch_size, -1), state.obs_stats)
-    teacher_outputs = networks.teacher.apply(teacher.params["policy"], observations)
-    teacher_values = networks.teacher_value.apply(teacher.params["value"], observations)
+    teacher_outputs = networks.teacher.apply(teacher["policy"], observations)
+    teacher_values = networks.teacher_value.apply(teacher["value"], observations)
 
     def loss_fn(params):
         outputs = networks.policy.apply(params["policy"], observations)
@@ -820,12 +794,14 @@ def learn_by_regression(
 
 
 def update(
-    args: Args, networks: Networks, teacher: Frozen | None, state: TrainState, distill_coef: jax.Array
+    args: Args, networks: Networks, teacher: dict | None, state: TrainState, distill_coef: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Collect a rollout and learn from it; returns the new state and the metrics."""
     key, rollout_key = jax.random.split(state.key)
-    acting = (networks.policy, state.params) if args.method != "teacher-distill" else (networks.teacher, teacher.params)
-    world, rollout = collect(args, acting[0], acting[1]["policy"], state.obs_stats, state.world, rollout_key)
+    policy, params = networks.policy, state.params
+    if args.method == "teacher-distill":
+        policy, params = networks.teacher, teacher
+    world, rollout = collect(args, policy, params["policy"], state.obs_stats, state.world, rollout_key)
     state = state._replace(world=world, key=key)
     if args.method == "ppd":
         state, metrics = learn_ppd(args, networks, teacher, state, rollout, distill_coef)
@@ -835,17 +811,18 @@ def update(
     return state, {"episodes": dones.sum(), "returns": (rollout.returns * dones).sum()} | metrics
 
 
-def fill_devices(num_runs: int) -> np.ndarray:
-    """Return indices of runs, the last repeated until all devices have as many: 0 1 2 3 4 4 for 5 runs on 2 devices."""
-    size = num_runs + -num_runs % min(num_runs, len(jax.devices()))
-    return np.minimum(np.arange(size), num_runs - 1)
-
-
 def over_devices(num_runs: int) -> jax.sharding.NamedSharding:
-    """Spread the runs over the devices, as many on each: GPUs, or cores of a CPU, which share a single run badly."""
+    """Return how runs lie on the devices, as many on each: GPUs, or cores of a CPU, which share a single run badly."""
     size = max(n for n in range(1, len(jax.devices()) + 1) if num_runs % n == 0)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:size]), "runs")
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("runs"))
+
+
+def spread(tree: Any) -> Any:
+    """Put runs [R] on the devices, the last repeated until all have as many: 0 1 2, 3 4 4 for 5 runs on 2 devices."""
+    num_runs = len(jax.tree.leaves(tree)[0])
+    size = num_runs + -num_runs % min(num_runs, len(jax.devices()))
+    return jax.device_put(pick(tree, np.minimum(np.arange(size), num_runs - 1)), over_devices(size))
 
 
 def side_by_side(one_run: Callable, *trees: Any) -> Any:
@@ -857,7 +834,7 @@ def side_by_side(one_run: Callable, *trees: Any) -> Any:
 
 @partial(jax.jit, static_argnames=("args", "networks"), donate_argnames="state")
 def train(
-    args: Args, networks: Networks, teacher: Frozen | None, state: TrainState, distill_coefs: jax.Array
+    args: Args, networks: Networks, teacher: dict | None, state: TrainState, distill_coefs: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Do K updates of each of R runs; returns the new states, and the means of the updates' metrics, [R] each.
 
@@ -873,23 +850,20 @@ def train(
     return side_by_side(one_run, teacher, state, distill_coefs)
 
 
-@partial(jax.jit, static_argnames=("args", "filled"))
-def exploit(args: Args, filled: tuple[int, ...], state: TrainState, part: int) -> TrainState:
-    """Let each seed's worst student go on from its best, with a λ near that of the best (population based training).
+def exploit(args: Args, state: TrainState, part: int) -> TrainState:
+    """Let each seed's worst student go on from its best, with 0.8 or 1.25 times the λ of the best.
 
-    state: [R], the students of all seeds under the first λ, then all under the next, and what fills the devices.
+    state: [R], NumPy arrays. Source: population based training, as in Schmitt et al. 2018.
     """
-    num_seeds, num_coefs = args.num_seeds, len(args.distill_coef)
-    seeds, returns = jnp.arange(num_seeds), state.recent[: num_coefs * num_seeds].reshape(num_coefs, num_seeds)
-    best, worst = returns.argmax(0), returns.argmin(0)
-    parents = jnp.arange(num_coefs * num_seeds).at[worst * num_seeds + seeds].set(best * num_seeds + seeds)
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(args.seed + seed), part))(seeds)
-    factors = jnp.where(jax.vmap(jax.random.bernoulli)(keys), 1.25, 0.8)
-    factors = jnp.ones(len(parents)).at[worst * num_seeds + seeds].set(jnp.where(best == worst, 1.0, factors))
-    parent, factors = pick(state, parents[jnp.array(filled)]), factors[jnp.array(filled)]
-    state = state._replace(params=parent.params, opt_state=parent.opt_state, return_stats=parent.return_stats,
-                           distill_coef=parent.distill_coef * factors)
-    return jax.lax.with_sharding_constraint(state, over_devices(len(filled)))
+    runs, seeds = np.arange(len(state.recent)).reshape(-1, args.num_seeds), np.arange(args.num_seeds)
+    best, worst = state.recent[runs].argmax(0), state.recent[runs].argmin(0)
+    coins = [jax.random.bernoulli(jax.random.fold_in(jax.random.PRNGKey(seed), part)) for seed in args.seeds]
+    parents, factors = runs.copy(), np.ones(runs.shape, np.float32)
+    parents[worst, seeds] = runs[best, seeds]
+    factors[worst, seeds] = np.where(best == worst, 1.0, np.where(coins, 1.25, 0.8))
+    parent = pick(state, parents.ravel())
+    return state._replace(params=parent.params, opt_state=parent.opt_state, return_stats=parent.return_stats,
+                          distill_coef=parent.distill_coef * factors.ravel())
 
 
 # ======================================================================================================================
@@ -898,7 +872,6 @@ def exploit(args: Args, filled: tuple[int, ...], state: TrainState, part: int) -
 
 SCRIPT = Path(__file__).stem
 FORMAT = "proximal-policy-distillation 3"
-PHASES = ("teacher", "student")
 BEGIN = {"bytes": 0, "rows": 0, "teacher_step": 0, "student_step": 0, "teacher_SPS": 0.0, "student_SPS": 0.0,
          "seconds": 0.0}  # what is known of the rows of progress.csv
 # Of progress.csv; a teacher's training has no distillation losses, the baselines no PPO's, and their cells stay empty
@@ -999,7 +972,7 @@ class Run:
         self.file = open(self.folder / "progress.csv", "a", newline="")
         self.file.seek(self.file.truncate(min(self.file.tell(), self.logged["bytes"])))
         self.events = {}
-        for phase in PHASES:  # each in its folder, since steps begin anew: START drops all later ones of its folder
+        for phase in ("teacher", "student"):  # a folder for each: START drops all later steps of its folder
             folder, first = self.folder / "tfevents" / phase, self.logged[f"{phase}_step"] + 1
             folder.mkdir(parents=True, exist_ok=True)
             # Not by SummaryWriter, whose thread would wait for ever where the disk is full
@@ -1050,14 +1023,13 @@ class Run:
         self.logged |= {"bytes": self.file.tell(), "rows": rows, f"{phase}_step": step, f"{phase}_SPS": sps,
                         "seconds": seconds}
 
-    def save(self, phase: str, updates: int, networks: Networks, state: TrainState, teacher: Frozen | None) -> None:
+    def save(self, phase: str, updates: int, networks: Networks, state: TrainState, teacher: dict | None) -> None:
         """Save all that --resume needs; two files stay. teacher: before noise [S], None while teachers are trained."""
         os.fsync(self.file.fileno())  # rows are on the disk before a checkpoint counts on them
         teacher_network = (networks.teacher or networks.policy).network._asdict()
         about = {"phase": phase, "updates": updates, "logged": self.logged, "teacher_network": teacher_network}
-        known = {} if teacher is None else {"teacher": teacher.params | {"obs_stats": teacher.obs_stats}}
         path = self.folder / f"checkpoint_{self.logged['rows']:012d}.safetensors"
-        save_file(path, self.about | about, {"state": state} | known)
+        save_file(path, self.about | about, {"state": state, "teacher": teacher})
         for old in sorted(self.folder.glob("checkpoint_*.safetensors"))[:-2]:
             old.unlink()
 
@@ -1111,54 +1083,55 @@ def read_network(found: dict) -> Network:
     return network
 
 
-def shapes_of(args: Args, networks: Networks, *axes: int) -> TrainState:
-    """Return the shapes and types of a training state, with these axes before its own; computes nothing."""
-    state = jax.eval_shape(partial(init_state, args, networks), 0)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype), state)
+def load_teachers(args: Args) -> tuple[Network, dict | None]:
+    """Read --teacher, a file or a folder with one for each seed; returns the teachers' network and parameters [S].
 
-
-def make_frozen(shapes: TrainState, arrays: dict[str, np.ndarray]) -> Frozen:
-    """Return the players of a model's arrays; ValueError unless these are of the shapes."""
-    params = {name: fill(shapes.params[name], arrays, name) for name in ("policy", "value")}
-    return Frozen(params, fill(shapes.obs_stats, arrays, "obs_stats"))
-
-
-def load_teacher(args: Args, path: str) -> tuple[Networks, Frozen]:
-    """Read the networks and the parameters of a teacher's file; end the program if it does not fit the task."""
-    with checked(f"{path} is no teacher of {args.env_id}"):
-        about, arrays = read_file(path)
-        if about["env_id"] != args.env_id:
-            raise ValueError(f"its task is {about['env_id']}")
-        networks = make_networks(args.env_id, read_network(about["network"]))
-        found, needed = about["observation_shape"], [observation_dim(args.env_id)]
-        if (found, about["action_dim"]) != (needed, networks.policy.action_dim):
-            raise ValueError(f"its observations and actions are of {found} and {about['action_dim']}")
-        return networks, make_frozen(shapes_of(args, networks), arrays)
-
-
-def load_teachers(args: Args) -> tuple[Networks, Frozen]:
-    """Read --teacher: a file for all seeds, or a folder with one for each; returns networks, and parameters [S]."""
-    paths = [args.teacher] * args.num_seeds
+    Without --teacher the parameters are None: they are to be trained here. End the program for files that do not fit.
+    """
+    if args.teacher is None:
+        return teacher_args(args).network, None
+    paths, found = [args.teacher], []
     if os.path.isdir(args.teacher):
-        paths = [os.path.join(args.teacher, f"teacher_{args.seed + i}.safetensors") for i in range(args.num_seeds)]
-    found = {path: load_teacher(args, path) for path in dict.fromkeys(paths)}
-    if len({networks for networks, _ in found.values()}) > 1:
+        paths = [os.path.join(args.teacher, f"teacher_{seed}.safetensors") for seed in args.seeds]
+    for path in paths:
+        with checked(f"{path} is no teacher of {args.env_id}"):
+            about, arrays = read_file(path)
+            network = read_network(about["network"])
+            networks = make_networks(args.env_id, network)
+            needed = {"env_id": args.env_id, "observation_shape": [observation_dim(args.env_id)],
+                      "action_dim": networks.policy.action_dim}
+            for name, value in needed.items():
+                if about[name] != value:
+                    raise ValueError(f"its {name} is {about[name]}, not {value}")
+            shapes = model(jax.eval_shape(partial(init_state, teacher_args(args), networks), 0))
+            found.append((network, {name: fill(x, arrays, name) for name, x in shapes.items()}))
+    known, teachers = zip(*found, strict=True)
+    if len(set(known)) > 1:
         fail(f"the teachers in {args.teacher} are not of one size")
-    return found[paths[0]][0], stack([found[path][1] for path in paths])
+    return network, stack(list(teachers) * (args.num_seeds // len(paths)))
 
 
-def save_models(
-    args: Args, run: Run, role: str, name: str, policy: Policy, players: Frozen, evaluation: dict[str, Any]
-) -> None:
-    """Write a model file for each seed, {name}_{seed}.safetensors; players: [S]; evaluation: of `assess`."""
-    for i in range(args.num_seeds):
-        player, returns = pick(players, i), evaluation["returns"][i]
-        about = run.about | {
-            "library": "gymnax", "role": role, "network": policy.network._asdict(), "action_dim": policy.action_dim,
-            "observation_shape": [observation_dim(args.env_id)], "variant": {},
-            "evaluation": {"mean": evaluation["means"][i], "std": float(np.std(returns)), "returns": returns}}
-        path = run.folder / f"{name}_{args.seed + i}.safetensors"
-        save_file(path, about, player.params | {"obs_stats": player.obs_stats})
+def shapes_of(args: Args, networks: Networks) -> TrainState:
+    """Return the shapes and types of the states of all runs [R]; computes nothing."""
+    num_runs = len(args.distill_coef) * args.num_seeds
+    return jax.eval_shape(jax.vmap(partial(init_state, args, networks)), np.arange(num_runs))
+
+
+def restore(args: Args, saved: dict, arrays: dict[str, np.ndarray]) -> tuple[Network, dict | None, tuple]:
+    """Return what a checkpoint holds: the teachers' network and parameters [S]; the parts done, and the states [R].
+
+    While the teachers are trained, their parameters are part of the states, and None here.
+    """
+    with checked(f"{args.resume} holds no state of this run"):
+        network, teacher = read_network(saved["teacher_network"]), None
+        trained, networks = teacher_args(args), make_networks(args.env_id, network)
+        if saved["phase"] == "student":
+            teacher = fill(model(shapes_of(trained, networks)), arrays, "teacher")
+            trained, networks = args, make_networks(args.env_id, args.network, network)
+        part, rest = divmod(saved["updates"], trained.updates_per_part)
+        if rest or not 0 <= part <= trained.parts:
+            raise ValueError(f"no part of the {saved['phase']}'s training ends with update {saved['updates']}")
+        return network, teacher, (part, fill(shapes_of(trained, networks), arrays, "state"))
 
 
 def wait(arrays: Any) -> Any:
@@ -1174,25 +1147,23 @@ def wait(arrays: Any) -> Any:
 
 
 @partial(jax.jit, static_argnames=("args", "policy"))
-def evaluate(args: Args, policy: Policy, players: Frozen, keys: jax.Array) -> jax.Array:
+def evaluate(args: Args, policy: Policy, players: dict, keys: jax.Array) -> jax.Array:
     """Play one episode in each of E environments; returns their sums of raw rewards, undiscounted, [R, E].
 
     players: with a leading axis [R], as the keys. Each environment's first episode counts, so that short ones do not
-    crowd out long.
+    crowd out long. Actions are deterministic on states, but sampled on MinAtar, whose games hardly vary otherwise.
     """
 
     def one_run(player, key):
-        def act(observations, key):
-            pi = distribution(policy.apply(player.params["policy"], normalize(observations, player.obs_stats)))
-            return pi.sample(seed=key) if is_grid(args.env_id) else pi.mode()
-
         def advance(carry):
             world, running, returns, key = carry
             key, act_key, step_key = jax.random.split(key, 3)
+            pi = distribution(policy.apply(player["policy"], normalize(world.observations, player["obs_stats"])))
+            actions = pi.sample(seed=act_key) if is_grid(args.env_id) else pi.mode()
             keys = jax.random.split(step_key, args.eval_episodes)
-            world, found = step(args.env_id, world, act(world.observations, act_key), keys)
-            dones = jnp.maximum(found[1], found[2]) > 0
-            return world, running & ~dones, jnp.where(running & dones, found[4], returns), key
+            world, found = step(args.env_id, world, actions, keys)
+            dones = jnp.maximum(found.terminations, found.truncations) > 0
+            return world, running & ~dones, jnp.where(running & dones, found.returns, returns), key
 
         key, reset_key = jax.random.split(key)
         world = reset(args.env_id, args.eval_episodes, reset_key)
@@ -1202,14 +1173,13 @@ def evaluate(args: Args, policy: Policy, players: Frozen, keys: jax.Array) -> ja
     return side_by_side(one_run, players, keys)
 
 
-def assess(args: Args, policy: Policy, players: Frozen) -> dict[str, Any]:
+def assess(args: Args, policy: Policy, players: dict) -> dict[str, Any]:
     """Evaluate the policies of all seeds [S]; returns their means, the mean of these, and all returns.
 
     interval: half the width of the 95% confidence interval of the mean over seeds, by Student's t; None for one seed.
     """
-    indices = fill_devices(args.num_seeds)
-    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(args.seed + i), 2) for i in indices])
-    returns = np.asarray(wait(evaluate(args, policy, pick(players, indices), keys)))[:args.num_seeds]
+    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), 2) for seed in args.seeds])
+    returns = np.asarray(wait(evaluate(args, policy, *spread((players, keys)))))[:args.num_seeds]
     means, interval = returns.mean(1), None
     if args.num_seeds > 1:
         quantile = scipy.stats.t.ppf(0.975, args.num_seeds - 1)
@@ -1217,29 +1187,27 @@ def assess(args: Args, policy: Policy, players: Frozen) -> dict[str, Any]:
     return {"mean": float(means.mean()), "interval": interval, "means": means.tolist(), "returns": returns.tolist()}
 
 
-def plot(folder: Path, args: Args, results: dict[str, Any]) -> None:
+def plot(args: Args, folder: Path, results: dict[str, Any]) -> None:
     """Draw the returns of progress.csv, mean and range over seeds, and the evaluated teachers, as curves.png."""
     curves = {}
     with open(folder / "progress.csv", newline="") as file:
         for row in csv.DictReader(file):
-            curve = curves.setdefault((row["phase"], float(row["distill_coef"])), {})
-            curve.setdefault(int(row["global_step"]), []).append(float(row["charts/episodic_return"]))
+            curve = curves.setdefault((row["phase"], row["distill_coef"]), [])
+            curve.append((float(row["global_step"]), float(row["charts/episodic_return"])))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for i, ((phase, distill_coef), curve) in enumerate(curves.items()):
-        label = phase if phase == "teacher" or len(curves) < 3 else f"{phase}, λ = {distill_coef:g}"
-        steps, values = np.array(list(curve)), np.array(list(curve.values()))
-        known = np.isfinite(values).all(1)  # a seed has no return before an episode's end
-        steps, values = steps[known], values[known]
-        axes.plot(steps, values.mean(1), label=f"{label}, while it learns", color=f"C{i}")
-        axes.fill_between(steps, values.min(1), values.max(1), color=f"C{i}", alpha=0.2, linewidth=0)
+    for (phase, distill_coef), curve in curves.items():
+        curve = np.array(curve).reshape(-1, args.num_seeds, 2)
+        curve = curve[np.isfinite(curve).all((1, 2))]  # a seed has no return before an episode's end
+        steps, returns = curve[:, 0, 0], curve[:, :, 1]
+        label = phase if len(curves) < 3 else f"{phase}, λ = {float(distill_coef):g}"
+        line, = axes.plot(steps, returns.mean(1), label=f"{label}, while it learns")
+        axes.fill_between(steps, returns.min(1), returns.max(1), color=line.get_color(), alpha=0.2, linewidth=0)
     for name, style in (("teacher", "--"), ("corrupted_teacher", ":")):
         if name in results:
-            label = f"{name.replace('_', ' ')}, evaluated"
-            axes.axhline(results[name]["mean"], linestyle=style, color="black", label=label)
-    student = "" if args.method == "ppo" else f" into {'-'.join(map(str, args.network.hidden))}"
+            axes.axhline(results[name]["mean"], linestyle=style, color="black", label=f"{name}, evaluated")
     axes.set(xlabel="environment steps of each seed", ylabel="episodic return",
-             title=f"{args.env_id}: {args.method}{student}, {args.num_seeds} seeds")
+             title=f"{args.env_id}: {args.method}, {args.num_seeds} seeds")
     axes.legend()
     image = io.BytesIO()
     figure.savefig(image, dpi=120)
@@ -1267,22 +1235,22 @@ def corrupt(params: dict, std: float, seed: int) -> dict:
     return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
 
 
-def imperfect(args: Args, teacher: Frozen | None) -> Frozen | None:
+def imperfect(args: Args, teacher: dict) -> dict:
     """Return the teachers [S] as they teach: with --teacher-noise-std, add noise to their policies."""
-    if teacher is None or args.teacher_noise_std == 0:
+    if args.teacher_noise_std == 0:
         return teacher
-    policies = [corrupt(pick(teacher.params["policy"], i), args.teacher_noise_std, args.teacher_noise_seed + i)
+    policies = [corrupt(pick(teacher["policy"], i), args.teacher_noise_std, args.teacher_noise_seed + i)
                 for i in range(args.num_seeds)]
-    return teacher._replace(params=teacher.params | {"policy": stack(policies)})
+    return teacher | {"policy": stack(policies)}
 
 
-def distill_coef_at(args: Args, distill_coef: jax.Array, fraction: np.ndarray, reached: jax.Array) -> jax.Array:
+def distill_coef_at(args: Args, distill_coef: np.ndarray, fraction: np.ndarray, reached: np.ndarray) -> np.ndarray:
     """Return λ at these fractions of the run, from 0 at its first update to 1 at its last: constant, linear or falling.
 
     reached: the student's recent return, as a fraction of its teacher's.
     """
     if args.distill_coef_decay == "return":
-        return distill_coef * jnp.clip(1.0 - reached, 0.0, 1.0) * np.ones_like(fraction)
+        return distill_coef * np.clip(1.0 - reached, 0.0, 1.0) * np.ones_like(fraction)
     final = distill_coef if args.distill_coef_final is None else args.distill_coef_final
     return distill_coef + fraction.astype(np.float32) * (final - distill_coef)
 
@@ -1294,121 +1262,106 @@ def check_finite(metrics: dict[str, np.ndarray], place: str, folder: Path) -> No
             raise SystemExit(f"error: {place} gave {name} = {values}; the last good state is in {folder}")
 
 
-def restore(
-    args: Args, saved: dict, arrays: dict[str, np.ndarray]
-) -> tuple[Networks, Frozen | None, tuple[int, TrainState]]:
-    """Make what a checkpoint holds: the teachers' networks and parameters [S]; the parts done and the state after them.
-
-    While the teachers are trained, their parameters are part of the state, and None here.
-    """
-    with checked(f"{args.resume} holds no state of this run"):
-        teacher_networks, teacher = make_networks(args.env_id, read_network(saved["teacher_network"])), None
-        trained, networks = teacher_args(args), teacher_networks
-        if saved["phase"] == "student":
-            own = {name.removeprefix("teacher/"): x for name, x in arrays.items()}
-            teacher = make_frozen(shapes_of(args, teacher_networks, args.num_seeds), own)
-            trained, networks = args, make_networks(args.env_id, args.network, teacher_networks)
-        part, rest = divmod(saved["updates"], trained.updates_per_part)
-        if rest or not 0 <= part <= trained.parts:
-            raise ValueError(f"no part of the {saved['phase']}'s training ends with update {saved['updates']}")
-        shapes = shapes_of(trained, networks, len(trained.distill_coef) * args.num_seeds)
-        return teacher_networks, teacher, (part, fill(shapes, arrays, "state"))
+def init_runs(args: Args, networks: Networks, teacher: dict | None) -> TrainState:
+    """Initialise all runs [R]: all seeds under the first λ, then all under the next; a seed begins alike under each."""
+    state = stack([init_state(args, networks, seed) for seed in args.seeds])
+    if teacher is not None:
+        state = state._replace(obs_stats=teacher["obs_stats"])
+    state = pick(jax.device_get(state), np.tile(np.arange(args.num_seeds), len(args.distill_coef)))
+    return state._replace(distill_coef=np.repeat(np.float32(args.distill_coef), args.num_seeds))
 
 
-def fit(
-    args: Args, networks: Networks, teacher: Frozen | None, start: tuple[int, TrainState] | None, run: Run
-) -> TrainState:
-    """Train the teachers or, given these, the students; returns their states [R], as NumPy arrays.
+def fit(args: Args, networks: Networks, teacher: dict | None, start: tuple | None, run: Run) -> TrainState:
+    """Train the teachers or, given these, the students; returns the states of all runs [R], as NumPy arrays.
 
-    The runs are all seeds under the first λ, then all under the next. teacher: before noise, [S]; start: the parts done
-    and the state after them, or None to begin. A signal ends the program after the part under way.
+    teacher: before noise, [S]; start: the parts done and the states after them, or None to begin. A signal ends the
+    program after the part under way.
     """
     phase, updates = "teacher" if teacher is None else "student", args.updates_per_part
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    runs = [(seed, distill_coef) for distill_coef in args.distill_coef for seed in seeds]
-    of_seeds = np.tile(np.arange(args.num_seeds), len(args.distill_coef))  # which of the seeds each run is of
-    if start is None:
-        state = stack([init_state(args, networks, seed) for seed in seeds])
-        if teacher is not None:
-            state = state._replace(obs_stats=teacher.obs_stats)
-        state = pick(jax.device_get(state), of_seeds)
-        start = 0, state._replace(distill_coef=np.repeat(np.float32(args.distill_coef), args.num_seeds))
-    first, learned = start
+    runs = [(seed, distill_coef) for distill_coef in args.distill_coef for seed in args.seeds]
+    first, state = jax.device_get(start or (0, init_runs(args, networks, teacher)))
     if run.logged["rows"] == 0:
-        run.save(phase, 0, networks, learned, teacher)
+        run.save(phase, 0, networks, state, teacher)
 
-    filled = fill_devices(len(runs))
-    taught = pick(jax.device_get(imperfect(args, teacher)), of_seeds)
-    state, taught = pick(jax.device_get((learned, taught)), filled)
-    state, taught = jax.device_put((state, taught), over_devices(len(filled)))
-    goals = np.ones(len(filled))
+    seed_of, taught, goals = np.arange(len(runs)) % args.num_seeds, None, np.float32(1.0)
+    if teacher is not None:
+        taught = spread(pick(jax.device_get(imperfect(args, teacher)), seed_of))
     if args.distill_coef_decay == "return":
-        goals = np.array(assess(args, networks.teacher, teacher)["means"])[of_seeds[filled]]
+        goals = np.float32(assess(args, networks.teacher, teacher)["means"])[seed_of]
         if goals.min() <= 0:
             fail(f"--distill-coef-decay return needs teachers of positive return; one of these has {goals.min():g}")
-    part_steps = updates * args.batch_size * len(runs)
-    bar = tqdm(total=args.parts * part_steps, initial=first * part_steps, desc=f"{args.env_id} {phase}", unit=" steps",
-               unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 60.0)
+    bar = trange(first + 1, args.parts + 1, initial=first, total=args.parts, desc=f"{args.env_id} {phase}", unit="part",
+                 mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with bar:
-        for part in range(first + 1, args.parts + 1):
+        for part in bar:
             # Learn
             fractions = np.arange((part - 1) * updates, part * updates) / max(1, args.parts * updates - 1)
             reached = (state.recent / goals)[:, None]
-            coefs = distill_coef_at(args, state.distill_coef[:, None], fractions, reached)
-            state, metrics = train(args, networks, taught, state, coefs)  # PPD
-            returns = metrics["charts/episodic_return"]
-            state = state._replace(recent=jnp.where(jnp.isnan(returns), state.recent, returns))
-            if args.pbt_interval and part % args.pbt_interval == 0:
-                state = exploit(args, tuple(filled.tolist()), state, part)
-            metrics = jax.device_get(wait(metrics | {"charts/distill_coef": coefs.mean(1)}))
+            coefs = distill_coef_at(args, state.distill_coef[:, None], fractions, reached)  # PPD
+            learned = wait(train(args, networks, taught, spread(state), spread(coefs)))
+            state, metrics = pick(jax.device_get(learned), slice(len(runs)))  # without what only fills the devices
             check_finite(metrics, f"updates {(part - 1) * updates + 1} to {part * updates} of the {phase}", run.folder)
+            returns = metrics["charts/episodic_return"]
+            state = state._replace(recent=np.where(np.isnan(returns), state.recent, returns))
+            if args.pbt_interval and part % args.pbt_interval == 0:
+                state = exploit(args, state, part)
 
             # Log
+            metrics["charts/distill_coef"] = jnp.mean(coefs, axis=1)
             run.log(phase, part * updates * args.batch_size, runs, metrics)
-            bar.set_postfix_str(f"return {metrics['charts/episodic_return'].mean():.1f}", refresh=False)
-            bar.update(part_steps)
+            speed = run.logged[f"{phase}_SPS"]
+            bar.set_postfix_str(f"return {returns.mean():.1f}, {speed:,.0f} steps/s", refresh=False)
 
             # Save
-            learned = pick(jax.device_get(state), slice(len(runs)))  # without what only fills the devices
-            run.save(phase, part * updates, networks, learned, teacher)
+            run.save(phase, part * updates, networks, state, teacher)
             if run.signal is not None:
                 run.stop()
-    return learned
+    return state
 
 
-def finish(args: Args, networks: Networks, teacher: Frozen, students: Frozen | None, run: Run) -> dict[str, float]:
-    """Evaluate teachers [S] and students, [R] or with --pbt-interval [S], on the same games; write all files; print.
+def name_students(args: Args, state: TrainState) -> dict[str, dict]:
+    """Return the students [S] by name: those of each λ, or those of a population whose last return was the highest."""
+    students, runs = model(state), np.arange(len(state.recent)).reshape(-1, args.num_seeds)
+    if args.pbt_interval:
+        return {"student": pick(students, runs[state.recent[runs].argmax(0), np.arange(args.num_seeds)])}
+    if len(args.distill_coef) == 1:
+        return {"student": students}
+    return {f"student_{coef:g}": pick(students, own) for coef, own in zip(args.distill_coef, runs, strict=True)}
 
-    Returns the means over seeds, the ratios, the seconds and the steps per second.
+
+def save_models(args: Args, run: Run, name: str, policy: Policy, players: dict, result: dict[str, Any]) -> None:
+    """Write a model file for each seed, {name}_{seed}.safetensors; players: [S]; result: of `assess`."""
+    for i, seed in enumerate(args.seeds):
+        returns = result["returns"][i]
+        about = run.about | {
+            "library": "gymnax", "role": name.split("_")[0], "network": policy.network._asdict(),
+            "action_dim": policy.action_dim, "observation_shape": [observation_dim(args.env_id)], "variant": {},
+            "evaluation": {"mean": result["means"][i], "std": float(np.std(returns)), "returns": returns}}
+        save_file(run.folder / f"{name}_{seed}.safetensors", about, pick(players, i))
+
+
+def finish(args: Args, run: Run, players: dict[str, tuple], results: dict[str, dict]) -> dict[str, float]:
+    """Write the models, results.json and curves.png, and print the outcome.
+
+    players: policy and parameters [S] of each by name. Returns the means over seeds, the ratios and the speed.
     """
-    players = {"teacher": (networks.teacher, teacher)}
-    if args.teacher_noise_std:
-        players["corrupted_teacher"] = (networks.teacher, imperfect(args, teacher))
-    coefs = args.distill_coef[:1] if args.pbt_interval else args.distill_coef
-    for i, distill_coef in enumerate(coefs if students else ()):
-        name = "student" if len(coefs) == 1 else f"student_{distill_coef:g}"
-        players[name] = (networks.policy, pick(students, slice(i * args.num_seeds, (i + 1) * args.num_seeds)))
-    results = {name: assess(args, *player) for name, player in players.items()}
-
-    if args.teacher is None:
-        save_models(args, run, "teacher", "teacher", *players["teacher"], results["teacher"])
-    for name, found in results.items():
-        if name.startswith("student"):
-            save_models(args, run, "student", name, *players[name], found)
-            if min(results["teacher"]["means"]) > 0:  # of losses a ratio says nothing
-                ratios = np.divide(found["means"], results["teacher"]["means"])
-                found["ratio"] = float(np.exp(np.log(np.maximum(ratios, 1e-12)).mean()))
-    made, phase = (networks.policy, "student") if students else (networks.teacher, "teacher")
+    for name, (policy, params) in players.items():
+        if name.startswith("student") or name == "teacher" and args.teacher is None:
+            save_models(args, run, name, policy, params, results[name])
+        if name.startswith("student") and min(results["teacher"]["means"]) > 0:  # of losses a ratio says nothing
+            ratios = np.divide(results[name]["means"], results["teacher"]["means"])
+            results[name]["ratio"] = float(np.exp(np.log(np.maximum(ratios, 1e-12)).mean()))
     timing = {name: run.logged[name] for name in ("seconds", "teacher_SPS", "student_SPS") if run.logged[name]}
-    about = run.about | {"network": made.network._asdict()}
-    write_atomic(run.folder / "results.json", about | timing | {"results": results})
-    plot(run.folder, args, results)
+    about = run.about | {"network": policy.network._asdict()} | timing  # of the last, a student where there is one
+    write_atomic(run.folder / "results.json", about | {"results": results})
+    plot(args, run.folder, results)
 
     print(f"return: mean and 95% interval over {args.num_seeds} seeds, {args.eval_episodes} episodes each")
     for name, found in results.items():
         interval = "" if found["interval"] is None else f" ± {found['interval']:.1f}"
         ratio = f", {found['ratio']:.3f} of the teacher's" if "ratio" in found else ""
         print(f"{name.replace('_', ' '):<18} {found['mean']:>9.1f}{interval}{ratio}")
+    phase = "teacher" if args.method == "ppo" else "student"
     print(f"{'steps per second':<18} {run.logged[f'{phase}_SPS']:>9.0f} ({phase}s, all seeds together)")
     print(f"{'files':<18} {run.folder}")
     return {name: found["mean"] for name, found in results.items()} | timing | {
@@ -1420,30 +1373,31 @@ def main(args: Args) -> dict[str, float]:
     choose_device(args.device)
     saved, arrays = load_checkpoint(args.resume) if args.resume else (None, {})
     args = resolve(args)
-    start, students = None, None
+    teacher_network, teacher, start = restore(args, saved, arrays) if saved else (*load_teachers(args), None)
+    teacher_networks = make_networks(args.env_id, teacher_network)
+    networks, students = make_networks(args.env_id, args.network, teacher_network), {}
     if saved:
-        teacher_networks, teacher, start = restore(args, saved, arrays)
         print(saved["note"], file=sys.stderr)
-    elif args.teacher:
-        teacher_networks, teacher = load_teachers(args)
-    else:
-        teacher_networks, teacher = make_networks(args.env_id, teacher_args(args).network), None
-    networks = make_networks(args.env_id, args.network, teacher_networks)
 
+    # Train
     run = Run(args, saved)
     with closing(run):
         if teacher is None:
-            state = fit(teacher_args(args), teacher_networks, None, start, run)
-            teacher, start = Frozen(state.params, state.obs_stats), None
+            teacher, start = model(fit(teacher_args(args), teacher_networks, None, start, run)), None
         if args.method != "ppo":
-            state = fit(args, networks, teacher, start, run)
-            students = Frozen(state.params, state.obs_stats)
-            if args.pbt_interval:  # of each population the student whose return was the highest while it learned
-                best = state.recent.reshape(len(args.distill_coef), -1).argmax(0)
-                students = pick(students, best * args.num_seeds + np.arange(args.num_seeds))
+            students = name_students(args, fit(args, networks, teacher, start, run))
     if run.signal is not None:  # it came after the last part
         run.stop()
-    return finish(args, networks, teacher, students, run)
+
+    # Evaluate
+    players = {"teacher": (teacher_networks.policy, teacher)}
+    if args.teacher_noise_std:
+        players["corrupted_teacher"] = (teacher_networks.policy, imperfect(args, teacher))
+    players |= {name: (networks.policy, params) for name, params in students.items()}
+    results = {name: assess(args, *each) for name, each in players.items()}
+
+    # Save
+    return finish(args, run, players, results)
 
 
 if __name__ == "__main__":

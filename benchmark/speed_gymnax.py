@@ -56,19 +56,17 @@ class Args:
 def trainer(args: m.Args, taught: bool):
     """A function of the number of updates that trains all seeds for so many and waits for the end."""
     networks, teacher = m.make_networks(args.env_id, args.networks["same"]), None
-    indices = m.fill_devices(args.num_seeds)
-    place = m.over_devices(len(indices))
     if taught:
-        own = m.init_state(args, networks, 0)
-        teacher = m.stack([m.Frozen(own.params, own.obs_stats)] * len(indices))
-        networks = m.make_networks(args.env_id, args.networks["same"], networks)
-    state = m.stack([m.init_state(args, networks, int(i)) for i in indices])
-    state, teacher = jax.device_put((state, teacher), place)
+        teacher = m.stack([m.model(m.init_state(args, networks, 0))] * args.num_seeds)
+        networks = m.make_networks(args.env_id, args.networks["same"], args.networks["same"])
+    state = m.stack([m.init_state(args, networks, i) for i in range(args.num_seeds)])
+    state, teacher = m.spread(state), m.spread(teacher) if taught else None
 
     def run(updates: int) -> float:
         nonlocal state
+        distill_coefs = m.spread(jnp.ones((args.num_seeds, updates)))
         began = time.perf_counter()
-        state, metrics = m.train(args, networks, teacher, state, jnp.ones((len(indices), updates)))
+        state, metrics = m.train(args, networks, teacher, state, distill_coefs)
         jax.block_until_ready((state, metrics))
         return time.perf_counter() - began
 

@@ -169,7 +169,7 @@ def chain(m, monkeypatch, **flags):
         state = m.TrainState(learned, m.make_optimizer(args).init(learned), stats,
                              m.Stats(jnp.float32(0), jnp.float32(1), jnp.float32(1e-4)), jnp.zeros(2), None, jax.random.PRNGKey(0), None, None)
         rollout = m.Rollout(*map(jnp.asarray, (observations[:3], actions, zeros, terminations, truncations, observations[1:], zeros)))
-        teacher = m.Frozen({"policy": {"params": params}}, stats)
+        teacher = {"policy": {"params": params}}
         _, found = m.learn_ppd(args, networks, teacher, state, rollout, jnp.float32(LAMBDA))
         found = {name: float(x) for name, x in found.items()}
     return found

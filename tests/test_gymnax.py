@@ -67,7 +67,7 @@ def test_an_episode_ends_with_its_true_final_observation(env_id):
     jitted = jax.jit(m.step, static_argnums=0)
     ends, total = 0, 0.0
     for t in range(steps):
-        world, (reward, terminated, truncated, final, returns) = jitted(
+        world, (_, _, reward, terminated, truncated, final, returns) = jitted(
             env_id, world, actions[:, None] if env_id == "Pendulum-v1" else actions, jax.random.split(jax.random.fold_in(key, t), 1))
         observation, state, own_reward, own_end, _ = env.step_env(key, state, actions, params) if env_id == "Pendulum-v1" else (
             env.step_env(key, state, actions[0], params))
@@ -131,7 +131,7 @@ def test_every_task_takes_steps_and_grids_lose_nothing_as_bool(env_id, monkeypat
     networks = m.make_networks(env_id, args.networks["smaller"])
     state = m.init_state(args, networks, 0)
     assert state.world.observations.dtype == (bool if env_id in GRIDS else jnp.float32)
-    monkeypatch.setattr(m, "flatten", lambda env_id, observation: observation.reshape(-1).astype(jnp.float32))  # as they were
+    monkeypatch.setattr(m, "flatten", lambda env_id, x: x.reshape(len(x), -1).astype(jnp.float32))  # as they were
     collect = jax.jit(lambda state: m.collect(args, networks.policy, state.params["policy"], state.obs_stats, state.world, state.key))
     world = state.world._replace(observations=state.world.observations.astype(jnp.float32))
     rollout = collect(state._replace(world=world))[1]
@@ -267,15 +267,14 @@ def test_lambda_falls_with_the_return(tmp_path):
 
 
 def test_the_worst_of_a_population_goes_on_from_the_best():
-    """Two seeds, three λ, and two entries that fill the devices: the worst takes what was learned, not where it stands."""
+    """Two seeds, three λ: the worst takes what was learned, not where it stands."""
     args = m.resolve(m.Args(env_id="CartPole-v1", num_seeds=2, distill_coef=(0.5, 1.0, 2.0), pbt_interval=1, num_envs=2, student_hidden=(4,)))
     networks = m.make_networks(args.env_id, args.network)
-    filled = (0, 1, 2, 3, 4, 5, 5, 5)
     states = [m.init_state(args, networks, i)._replace(distill_coef=jnp.float32(c), recent=jnp.float32(r))
               for i, c, r in zip(range(6), (0.5, 0.5, 1.0, 1.0, 2.0, 2.0), (3.0, 7.0, 9.0, 7.0, 5.0, 7.0), strict=True)]
-    before = m.stack([states[i] for i in filled])
-    after = m.exploit(args, filled, before, 3)
-    of_first = [2, 1, 2, 3, 4, 5, 5, 5]  # the first seed's λ = 0.5 goes on from its λ = 1; the other seed's are all alike
+    before = jax.device_get(m.stack(states))
+    after = m.exploit(args, before, 3)
+    of_first = [2, 1, 2, 3, 4, 5]  # the first seed's λ = 0.5 goes on from its λ = 1; the other seed's are all alike
     for name in ("params", "opt_state", "return_stats"):
         for x, y in zip(jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(before, name)), strict=True):
             np.testing.assert_array_equal(x, y[np.array(of_first)])
@@ -284,7 +283,7 @@ def test_the_worst_of_a_population_goes_on_from_the_best():
             np.testing.assert_array_equal(x, y)
     assert float(after.distill_coef[0]) in (np.float32(0.8), np.float32(1.25))
     np.testing.assert_array_equal(after.distill_coef[1:], before.distill_coef[1:])
-    factors = {float(m.exploit(args, filled, before, part).distill_coef[0]) for part in range(8)}
+    factors = {float(m.exploit(args, before, part).distill_coef[0]) for part in range(8)}
     assert factors == {float(np.float32(0.8)), float(np.float32(1.25))}
 
 
@@ -302,11 +301,11 @@ def test_a_population_has_one_student_of_each_seed(tmp_path):
 def test_lambda_zero_is_ppo_whatever_the_teacher(tmp_path):
     """An update of a student with λ = 0 beside a teacher, and without any: the same parameters; with λ = 1 others."""
     args = m.resolve(small(tmp_path / "x"))
-    teacher_networks = m.make_networks(args.env_id, m.Network("mlp", (), (16,)))
-    networks = m.make_networks(args.env_id, args.network, teacher_networks)
+    teacher_network = m.Network("mlp", (), (16,))
+    networks = m.make_networks(args.env_id, args.network, teacher_network)
     start = m.stack([m.init_state(args, networks, 7)])
-    other = m.init_state(args, teacher_networks, 9)
-    teacher = m.stack([m.Frozen(other.params, other.obs_stats)])
+    other = m.init_state(args, m.make_networks(args.env_id, teacher_network), 9)
+    teacher = m.stack([m.model(other)])
     zero, one = (m.train(args, networks, teacher, copy(start), jnp.full((1, 1), coef))[0].params for coef in (0.0, 1.0))
     without = m.train(args, networks._replace(teacher=None), None, copy(start), jnp.zeros((1, 1)))[0].params
     for x, y in zip(jax.tree.leaves(zero), jax.tree.leaves(without), strict=True):
