@@ -191,108 +191,6 @@ STATES = {"learning_rate": 1e-3, "num_envs": 16, "num_steps": 64, "teacher_times
 BASELINES = {"num_envs": 16, "num_steps": 5}  # a gradient step for 80 samples; PPD takes one for 64, the paper for 90
 SPARSE = ("Acrobot-v1", "MountainCar-v0")  # rewards stay the same until chance has reached the goal
 
-# Smallest and largest value of a flag, or of each of its numbers
-RANGES = {
-    "total_timesteps": (1, 10**12), "teacher_timesteps": (1, 10**12), "num_envs": (1, 10**6), "num_steps": (1, 10**6),
-    "teacher_num_steps": (1, 10**6), "teacher_num_envs": (1, 10**6), "num_minibatches": (1, 10**9),
-    "update_epochs": (1, 10**6), "num_parts": (1, 10**6), "eval_episodes": (1, 10**6), "seed": (0, 10**9 - 1),
-    "num_seeds": (1, 10**5), "teacher_noise_seed": (0, 10**9 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1.0),
-    "gae_lambda": (0, 1.0), "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "teacher_ent_coef": (0, 1e6),
-    "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
-    "distill_future_coef": (0, 1e6), "pbt_interval": (1, 10**6), "teacher_noise_std": (0, 1e6),
-    "student_hidden": (1, 65_536),
-}
-MAX_LAYERS = 64
-OF_PPD = ("distill_coef", "distill_coef_final", "distill_coef_decay", "pbt_interval", "distill_weight",
-          "distill_future_coef", "teacher_mean_clip")  # flags of its distillation term
-RESUMABLE = ("resume", "device", "eval_episodes", "track", "wandb_project_name",
-             "wandb_entity")  # flags that may change when a run goes on
-
-
-def fail(message: str) -> NoReturn:
-    """End the program for bad input: one line on stderr, exit code 2."""
-    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
-    read = partial(tyro.cli, Args, args=argv, description=__doc__)
-    args = read()
-    if args.resume is None:
-        return args
-    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
-        flags = load_checkpoint(args.resume)[0]["args"]
-        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
-        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
-        for field in dataclasses.fields(Args):
-            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
-            value = getattr(run, field.name)
-            known = value in kinds or type(value) in kinds + [int] * (float in kinds)
-            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float | str) for x in value):
-                raise ValueError(f"its {field.name} is {value}")
-        args = read(default=run)
-        for name, value in vars(run).items():
-            if name not in RESUMABLE and getattr(args, name) != value:
-                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
-        if args.total_timesteps < run.total_timesteps:
-            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
-    return args
-
-
-def resolve(args: Args) -> Args:
-    """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
-    env, params = make_env(args.env_id)
-    known = MINATAR if is_grid(args.env_id) else STATES
-    known = known | {"teacher_num_envs": args.num_envs or known["num_envs"],
-                     "teacher_ent_coef": 0.05 if args.env_id in SPARSE else 0.01,
-                     "total_timesteps": max(1, (args.teacher_timesteps or known["teacher_timesteps"]) // 5)}
-    if args.method.endswith("distill"):
-        known |= BASELINES
-    args = dataclasses.replace(args, **{name: value for name, value in known.items() if getattr(args, name) is None})
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    if not args.distill_coef:
-        fail("--distill-coef takes one number or more")
-    if args.method == "ppo" and args.teacher:
-        fail("--method ppo trains teachers; with --teacher there is nothing left to do")
-    own = [name for name in OF_PPD if getattr(args, name) != getattr(Args(), name)]
-    if args.method != "ppd" and own:
-        fail(f"--{own[0].replace('_', '-')} is of PPD's term; {args.method} has none")
-    if args.distill_coef_final is not None and args.distill_coef_decay != "none":
-        fail("--distill-coef-final and --distill-coef-decay exclude each other")
-    if args.pbt_interval and len(args.distill_coef) < 2:
-        fail("--pbt-interval needs a population: two numbers or more for --distill-coef")
-    if args.teacher_mean_clip and not env.action_space(params).shape:
-        fail(f"--teacher-mean-clip is for continuous actions; those of {args.env_id} are not")
-    if args.cnn and not is_grid(args.env_id):
-        fail(f"--cnn is for MinAtar; {args.env_id} has states")
-    if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
-        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
-    learned = ([("", args)] if args.method == "ppd" else []) + [("teacher ", teacher_args(args))] * (not args.teacher)
-    for whose, each in learned:
-        if each.batch_size % each.num_minibatches or each.batch_size < 2 * each.num_minibatches:
-            fail(f"--num-minibatches {each.num_minibatches} does not divide a {whose}rollout of {each.num_envs} "
-                 f"environments x {each.num_steps} steps = {each.batch_size} samples into equal parts of at least 2")
-    if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
-        fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb")
-    if args.device == "gpu" and jax.default_backend() == "cpu":
-        fail("--device gpu: JAX finds no GPU; pip install 'jax[cuda12]', or use --device cpu")
-    return args
-
-
-def teacher_args(args: Args) -> Args:
-    """Return the flags of the teachers' training: PPO is PPD with λ = 0 and no teacher."""
-    return dataclasses.replace(
-        args, method="ppd", student_size="same", student_hidden=None, total_timesteps=args.teacher_timesteps,
-        ent_coef=args.teacher_ent_coef, num_envs=args.teacher_num_envs, num_steps=args.teacher_num_steps,
-        **{name: getattr(Args(), name) for name in OF_PPD} | {"distill_coef": (0.0,)})
-
 
 # ======================================================================================================================
 # Environments
@@ -586,6 +484,33 @@ def distill_loss(
              "value_loss": ((values - teacher_values) ** 2).mean()}
     loss = terms["teacher_kl"] - ent_coef * terms["entropy"] + vf_coef * terms["value_loss"]
     return loss, {"loss": loss} | terms
+
+
+def corrupt(params: dict, std: float, seed: int) -> dict:
+    """Make an imperfect teacher (section 4.2): add Gaussian noise of this standard deviation to every parameter."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
+    return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
+
+
+def imperfect(args: Args, teacher: dict) -> dict:
+    """Return the teachers [S] as they teach: with --teacher-noise-std, add noise to their policies."""
+    if args.teacher_noise_std == 0:
+        return teacher
+    policies = [corrupt(pick(teacher["policy"], i), args.teacher_noise_std, args.teacher_noise_seed + i)
+                for i in range(args.num_seeds)]
+    return teacher | {"policy": stack(policies)}
+
+
+def distill_coef_at(args: Args, distill_coef: np.ndarray, fraction: np.ndarray, reached: np.ndarray) -> np.ndarray:
+    """Return λ at these fractions of the run, from 0 at its first update to 1 at its last: constant, linear or falling.
+
+    reached: the student's recent return, as a fraction of its teacher's.
+    """
+    if args.distill_coef_decay == "return":
+        return distill_coef * np.clip(1.0 - reached, 0.0, 1.0) * np.ones_like(fraction)
+    final = distill_coef if args.distill_coef_final is None else args.distill_coef_final
+    return distill_coef + fraction.astype(np.float32) * (final - distill_coef)
 
 
 # ======================================================================================================================
@@ -1214,6 +1139,162 @@ def plot(args: Args, folder: Path, results: dict[str, Any]) -> None:
     write_atomic(folder / "curves.png", image.getvalue())
 
 
+def name_students(args: Args, state: TrainState) -> dict[str, dict]:
+    """Return the students [S] by name: those of each λ, or those of a population whose last return was the highest."""
+    students, runs = model(state), np.arange(len(state.recent)).reshape(-1, args.num_seeds)
+    if args.pbt_interval:
+        return {"student": pick(students, runs[state.recent[runs].argmax(0), np.arange(args.num_seeds)])}
+    if len(args.distill_coef) == 1:
+        return {"student": students}
+    return {f"student_{coef:g}": pick(students, own) for coef, own in zip(args.distill_coef, runs, strict=True)}
+
+
+def save_models(args: Args, run: Run, name: str, policy: Policy, players: dict, result: dict[str, Any]) -> None:
+    """Write a model file for each seed, {name}_{seed}.safetensors; players: [S]; result: of `assess`."""
+    for i, seed in enumerate(args.seeds):
+        returns = result["returns"][i]
+        about = run.about | {
+            "library": "gymnax", "role": name.split("_")[0], "network": policy.network._asdict(),
+            "action_dim": policy.action_dim, "observation_shape": [observation_dim(args.env_id)], "variant": {},
+            "evaluation": {"mean": result["means"][i], "std": float(np.std(returns)), "returns": returns}}
+        save_file(run.folder / f"{name}_{seed}.safetensors", about, pick(players, i))
+
+
+def finish(args: Args, run: Run, players: dict[str, tuple], results: dict[str, dict]) -> dict[str, float]:
+    """Write the models, results.json and curves.png, and print the outcome.
+
+    players: policy and parameters [S] of each by name. Returns the means over seeds, the ratios and the speed.
+    """
+    for name, (policy, params) in players.items():
+        if name.startswith("student") or name == "teacher" and args.teacher is None:
+            save_models(args, run, name, policy, params, results[name])
+        if name.startswith("student") and min(results["teacher"]["means"]) > 0:  # of losses a ratio says nothing
+            ratios = np.divide(results[name]["means"], results["teacher"]["means"])
+            results[name]["ratio"] = float(np.exp(np.log(np.maximum(ratios, 1e-12)).mean()))
+    timing = {name: run.logged[name] for name in ("seconds", "teacher_SPS", "student_SPS") if run.logged[name]}
+    about = run.about | {"network": policy.network._asdict()} | timing  # of the last, a student where there is one
+    write_atomic(run.folder / "results.json", about | {"results": results})
+    plot(args, run.folder, results)
+
+    print(f"return: mean and 95% interval over {args.num_seeds} seeds, {args.eval_episodes} episodes each")
+    for name, found in results.items():
+        interval = "" if found["interval"] is None else f" ± {found['interval']:.1f}"
+        ratio = f", {found['ratio']:.3f} of the teacher's" if "ratio" in found else ""
+        print(f"{name.replace('_', ' '):<18} {found['mean']:>9.1f}{interval}{ratio}")
+    phase = "teacher" if args.method == "ppo" else "student"
+    print(f"{'steps per second':<18} {run.logged[f'{phase}_SPS']:>9.0f} ({phase}s, all seeds together)")
+    print(f"{'files':<18} {run.folder}")
+    return {name: found["mean"] for name, found in results.items()} | timing | {
+        f"{name}_ratio": found["ratio"] for name, found in results.items() if "ratio" in found}
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+# Smallest and largest value of a flag, or of each of its numbers
+RANGES = {
+    "total_timesteps": (1, 10**12), "teacher_timesteps": (1, 10**12), "num_envs": (1, 10**6), "num_steps": (1, 10**6),
+    "teacher_num_steps": (1, 10**6), "teacher_num_envs": (1, 10**6), "num_minibatches": (1, 10**9),
+    "update_epochs": (1, 10**6), "num_parts": (1, 10**6), "eval_episodes": (1, 10**6), "seed": (0, 10**9 - 1),
+    "num_seeds": (1, 10**5), "teacher_noise_seed": (0, 10**9 - 1), "learning_rate": (0, 1e3), "gamma": (0, 1.0),
+    "gae_lambda": (0, 1.0), "clip_coef": (0, 1.0), "ent_coef": (0, 1e6), "teacher_ent_coef": (0, 1e6),
+    "vf_coef": (0, 1e6), "max_grad_norm": (1e-9, 1e9), "distill_coef": (0, 1e6), "distill_coef_final": (0, 1e6),
+    "distill_future_coef": (0, 1e6), "pbt_interval": (1, 10**6), "teacher_noise_std": (0, 1e6),
+    "student_hidden": (1, 65_536),
+}
+MAX_LAYERS = 64
+OF_PPD = ("distill_coef", "distill_coef_final", "distill_coef_decay", "pbt_interval", "distill_weight",
+          "distill_future_coef", "teacher_mean_clip")  # flags of its distillation term
+RESUMABLE = ("resume", "device", "eval_episodes", "track", "wandb_project_name",
+             "wandb_entity")  # flags that may change when a run goes on
+
+
+def fail(message: str) -> NoReturn:
+    """End the program for bad input: one line on stderr, exit code 2."""
+    print("error: " + "".join(c if c.isprintable() else " " for c in message[:1000]), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Read the command line; with --resume, flags that are not given are the run's, and none may contradict it."""
+    read = partial(tyro.cli, Args, args=argv, description=__doc__)
+    args = read()
+    if args.resume is None:
+        return args
+    with checked(f"{args.resume} was made by another version of {SCRIPT}.py"):
+        flags = load_checkpoint(args.resume)[0]["args"]
+        flags = {field.name: flags[field.name] for field in dataclasses.fields(Args)} | {"resume": args.resume}
+        run = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
+        for field in dataclasses.fields(Args):
+            kinds = [get_origin(kind) or kind for kind in (field.type, *get_args(field.type))]  # types, or words
+            value = getattr(run, field.name)
+            known = value in kinds or type(value) in kinds + [int] * (float in kinds)
+            if not known or isinstance(value, tuple) and not all(isinstance(x, int | float | str) for x in value):
+                raise ValueError(f"its {field.name} is {value}")
+        args = read(default=run)
+        for name, value in vars(run).items():
+            if name not in RESUMABLE and getattr(args, name) != value:
+                fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
+        if args.total_timesteps < run.total_timesteps:
+            fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
+    return args
+
+
+def resolve(args: Args) -> Args:
+    """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
+    env, params = make_env(args.env_id)
+    known = MINATAR if is_grid(args.env_id) else STATES
+    known = known | {"teacher_num_envs": args.num_envs or known["num_envs"],
+                     "teacher_ent_coef": 0.05 if args.env_id in SPARSE else 0.01,
+                     "total_timesteps": max(1, (args.teacher_timesteps or known["teacher_timesteps"]) // 5)}
+    if args.method.endswith("distill"):
+        known |= BASELINES
+    args = dataclasses.replace(args, **{name: value for name, value in known.items() if getattr(args, name) is None})
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+    if not args.distill_coef:
+        fail("--distill-coef takes one number or more")
+    if args.method == "ppo" and args.teacher:
+        fail("--method ppo trains teachers; with --teacher there is nothing left to do")
+    own = [name for name in OF_PPD if getattr(args, name) != getattr(Args(), name)]
+    if args.method != "ppd" and own:
+        fail(f"--{own[0].replace('_', '-')} is of PPD's term; {args.method} has none")
+    if args.distill_coef_final is not None and args.distill_coef_decay != "none":
+        fail("--distill-coef-final and --distill-coef-decay exclude each other")
+    if args.pbt_interval and len(args.distill_coef) < 2:
+        fail("--pbt-interval needs a population: two numbers or more for --distill-coef")
+    if args.teacher_mean_clip and not env.action_space(params).shape:
+        fail(f"--teacher-mean-clip is for continuous actions; those of {args.env_id} are not")
+    if args.cnn and not is_grid(args.env_id):
+        fail(f"--cnn is for MinAtar; {args.env_id} has states")
+    if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
+        fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
+    learned = ([("", args)] if args.method == "ppd" else []) + [("teacher ", teacher_args(args))] * (not args.teacher)
+    for whose, each in learned:
+        if each.batch_size % each.num_minibatches or each.batch_size < 2 * each.num_minibatches:
+            fail(f"--num-minibatches {each.num_minibatches} does not divide a {whose}rollout of {each.num_envs} "
+                 f"environments x {each.num_steps} steps = {each.batch_size} samples into equal parts of at least 2")
+    if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
+        fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb")
+    if args.device == "gpu" and jax.default_backend() == "cpu":
+        fail("--device gpu: JAX finds no GPU; pip install 'jax[cuda12]', or use --device cpu")
+    return args
+
+
+def teacher_args(args: Args) -> Args:
+    """Return the flags of the teachers' training: PPO is PPD with λ = 0 and no teacher."""
+    return dataclasses.replace(
+        args, method="ppd", student_size="same", student_hidden=None, total_timesteps=args.teacher_timesteps,
+        ent_coef=args.teacher_ent_coef, num_envs=args.teacher_num_envs, num_steps=args.teacher_num_steps,
+        **{name: getattr(Args(), name) for name in OF_PPD} | {"distill_coef": (0.0,)})
+
+
 # ======================================================================================================================
 # Main
 # ======================================================================================================================
@@ -1226,33 +1307,6 @@ def choose_device(device: str) -> None:
         jax.config.update("jax_num_cpu_devices", len(cores))
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-
-
-def corrupt(params: dict, std: float, seed: int) -> dict:
-    """Make an imperfect teacher (section 4.2): add Gaussian noise of this standard deviation to every parameter."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.PRNGKey(seed), len(leaves))
-    return tree.unflatten([x + std * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
-
-
-def imperfect(args: Args, teacher: dict) -> dict:
-    """Return the teachers [S] as they teach: with --teacher-noise-std, add noise to their policies."""
-    if args.teacher_noise_std == 0:
-        return teacher
-    policies = [corrupt(pick(teacher["policy"], i), args.teacher_noise_std, args.teacher_noise_seed + i)
-                for i in range(args.num_seeds)]
-    return teacher | {"policy": stack(policies)}
-
-
-def distill_coef_at(args: Args, distill_coef: np.ndarray, fraction: np.ndarray, reached: np.ndarray) -> np.ndarray:
-    """Return λ at these fractions of the run, from 0 at its first update to 1 at its last: constant, linear or falling.
-
-    reached: the student's recent return, as a fraction of its teacher's.
-    """
-    if args.distill_coef_decay == "return":
-        return distill_coef * np.clip(1.0 - reached, 0.0, 1.0) * np.ones_like(fraction)
-    final = distill_coef if args.distill_coef_final is None else args.distill_coef_final
-    return distill_coef + fraction.astype(np.float32) * (final - distill_coef)
 
 
 def check_finite(metrics: dict[str, np.ndarray], place: str, folder: Path) -> None:
@@ -1317,55 +1371,6 @@ def fit(args: Args, networks: Networks, teacher: dict | None, start: tuple | Non
             if run.signal is not None:
                 run.stop()
     return state
-
-
-def name_students(args: Args, state: TrainState) -> dict[str, dict]:
-    """Return the students [S] by name: those of each λ, or those of a population whose last return was the highest."""
-    students, runs = model(state), np.arange(len(state.recent)).reshape(-1, args.num_seeds)
-    if args.pbt_interval:
-        return {"student": pick(students, runs[state.recent[runs].argmax(0), np.arange(args.num_seeds)])}
-    if len(args.distill_coef) == 1:
-        return {"student": students}
-    return {f"student_{coef:g}": pick(students, own) for coef, own in zip(args.distill_coef, runs, strict=True)}
-
-
-def save_models(args: Args, run: Run, name: str, policy: Policy, players: dict, result: dict[str, Any]) -> None:
-    """Write a model file for each seed, {name}_{seed}.safetensors; players: [S]; result: of `assess`."""
-    for i, seed in enumerate(args.seeds):
-        returns = result["returns"][i]
-        about = run.about | {
-            "library": "gymnax", "role": name.split("_")[0], "network": policy.network._asdict(),
-            "action_dim": policy.action_dim, "observation_shape": [observation_dim(args.env_id)], "variant": {},
-            "evaluation": {"mean": result["means"][i], "std": float(np.std(returns)), "returns": returns}}
-        save_file(run.folder / f"{name}_{seed}.safetensors", about, pick(players, i))
-
-
-def finish(args: Args, run: Run, players: dict[str, tuple], results: dict[str, dict]) -> dict[str, float]:
-    """Write the models, results.json and curves.png, and print the outcome.
-
-    players: policy and parameters [S] of each by name. Returns the means over seeds, the ratios and the speed.
-    """
-    for name, (policy, params) in players.items():
-        if name.startswith("student") or name == "teacher" and args.teacher is None:
-            save_models(args, run, name, policy, params, results[name])
-        if name.startswith("student") and min(results["teacher"]["means"]) > 0:  # of losses a ratio says nothing
-            ratios = np.divide(results[name]["means"], results["teacher"]["means"])
-            results[name]["ratio"] = float(np.exp(np.log(np.maximum(ratios, 1e-12)).mean()))
-    timing = {name: run.logged[name] for name in ("seconds", "teacher_SPS", "student_SPS") if run.logged[name]}
-    about = run.about | {"network": policy.network._asdict()} | timing  # of the last, a student where there is one
-    write_atomic(run.folder / "results.json", about | {"results": results})
-    plot(args, run.folder, results)
-
-    print(f"return: mean and 95% interval over {args.num_seeds} seeds, {args.eval_episodes} episodes each")
-    for name, found in results.items():
-        interval = "" if found["interval"] is None else f" ± {found['interval']:.1f}"
-        ratio = f", {found['ratio']:.3f} of the teacher's" if "ratio" in found else ""
-        print(f"{name.replace('_', ' '):<18} {found['mean']:>9.1f}{interval}{ratio}")
-    phase = "teacher" if args.method == "ppo" else "student"
-    print(f"{'steps per second':<18} {run.logged[f'{phase}_SPS']:>9.0f} ({phase}s, all seeds together)")
-    print(f"{'files':<18} {run.folder}")
-    return {name: found["mean"] for name, found in results.items()} | timing | {
-        f"{name}_ratio": found["ratio"] for name, found in results.items() if "ratio" in found}
 
 
 def main(args: Args) -> dict[str, float]:
