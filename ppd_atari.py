@@ -98,7 +98,7 @@ class Args:
     num_devices: int | None = None  # devices that share the work, by default all GPUs, or all cores of a CPU
 
     # Teacher and student
-    teacher: str | None = None  # its file, by default teachers/{env_id}__100.safetensors beside this script
+    teacher: str | None = None  # the teacher's file; by default teachers/{env_id}__100.safetensors beside the script
     student_size: Literal["smaller", "same", "larger"] = "larger"  # Nature-CNN, the teacher's IMPALA-CNN, a wider one
     student_channels: tuple[int, int, int] | None = None  # filters of the three convolutions or stages
     student_hidden: tuple[int, ...] | None = None  # widths of the student's hidden layers; overrides --student-size
@@ -106,7 +106,7 @@ class Args:
     distill_coef_final: float | None = None  # λ at the end of the run, reached linearly; by default constant
     distill_weight: Literal["ratio", "detached"] = "ratio"  # max(r, 1-ε) with its gradient, the paper's, or without
     kl_direction: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or KL(student || teacher)
-    teacher_noise_std: float = 0.0  # noise on every parameter of the teacher (σ); the paper's: 0 or 0.05
+    teacher_noise_std: float = 0.0  # standard deviation of noise on the teacher's parameters (σ; the paper's: 0.05)
     teacher_noise_seed: int = 0  # seed of that noise
 
     # PPO

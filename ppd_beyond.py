@@ -121,7 +121,7 @@ class Args:
     distill_future_coef: float = 0.0  # weight of a reward of -λ KL in the next state (β); 0 is the paper's
     teacher_mean_clip: bool = False  # clip the teacher's mean actions to their bounds in the KL divergence
     kl_direction: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or KL(student || teacher)
-    teacher_noise_std: float = 0.0  # noise on every parameter of the teacher (σ); the paper's: 0 or 0.05
+    teacher_noise_std: float = 0.0  # standard deviation of noise on the teacher's parameters (σ; the paper's: 0.05)
     teacher_noise_seed: int = 0  # seed of that noise
 
     # PPO

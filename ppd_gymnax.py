@@ -115,7 +115,7 @@ class Args:
     teacher_num_envs: int | None = None  # environments while the teacher is trained; by default --num-envs
     teacher_num_steps: int = 128  # steps of each environment in a rollout while the teacher is trained
     teacher_ent_coef: float | None = None  # weight of its entropy bonus: 0.01, but 0.05 for Acrobot and MountainCar
-    teacher_noise_std: float = 0.0  # noise on every parameter of the teacher (σ); the paper's: 0 or 0.05
+    teacher_noise_std: float = 0.0  # standard deviation of noise on the teacher's parameters (σ; the paper's: 0.05)
     teacher_noise_seed: int = 0  # seed of that noise for the first seed, and so on
 
     # Student
