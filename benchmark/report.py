@@ -361,18 +361,20 @@ def beside_reference(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
 
 
 def reference_table(runs: pd.DataFrame) -> str:
-    """Return PPD of the reference beside ours, run by run: return ± standard error, and fraction of the teacher's."""
+    """Return PPD of the reference beside ours, run by run: returns ± standard deviations, and student over teacher."""
     theirs, table = runs[runs.experiment == "reference"], []
     ours = runs[(runs.experiment == "methods") & (runs.method == "ppd")]
     theirs = theirs.assign(order=theirs["size"].map(SIZES.index)).sort_values(["task", "order", "seed"])
-    for _, row in theirs.iterrows():
-        same = ours[(ours.task == row.task) & (ours["size"] == row["size"]) & (ours.seed == row.seed)]
+    for _, run in theirs.iterrows():
+        same = ours[(ours.task == run.task) & (ours["size"] == run["size"]) & (ours.seed == run.seed)]
         cells = []
-        for rows in (same, row.to_frame().T):
-            teacher = scores_at(rows, "teacher", "")
-            cells += [cell_of(teacher), cell_of(scores_at(rows, "student", "", teacher))]
-        table.append([row.task, row["size"], str(row.seed), *cells])
-    header = ["task", "students", "seed", "teacher", "ppd", "teacher, the reference", "ppd, the reference"]
+        for row in (run, same.iloc[0] if len(same) else None):
+            cells += [""] * 3 if row is None else [
+                f"{number(row.teacher_mean)} ± {number(row.teacher_std, row.teacher_mean)}",
+                f"{number(row.student_mean)} ± {number(row.student_std, row.student_mean)}",
+                f"{row.student_mean / row.teacher_mean:.3f}"]
+        table.append([run.task, run["size"], str(run.seed), *cells])
+    header = ["task", "students", "seed", "the reference: teacher", "ppd", "ratio", "ours: teacher", "ppd", "ratio"]
     return markdown(header, table)
 
 
@@ -673,8 +675,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                     "over seeds\n\n" + improvement_table(runs, suite))
         if "reference" in kinds:
             found[f"{suite}-reference"] = (
-                f"{name}: PPD of the reference beside ours, return ± standard error over episodes, and as a fraction "
-                "of the teacher's\n\n" + reference_table(runs))
+                f"{name}: PPD of the reference beside ours, return ± standard deviation over episodes\n\n"
+                + reference_table(runs))
         if "imperfect" in kinds:
             found[f"{suite}-imperfect"] = (
                 f"{name}: larger students of corrupted teachers, as a fraction of the uncorrupted, geometric mean "
