@@ -240,6 +240,7 @@ def command_line(args: Args) -> str:
     others = {"total-timesteps": args.total_timesteps, "distill-coef": args.distill_coef,
               "eval-episodes": args.eval_episodes, "threads": args.threads}
     flags |= {name: value for name, value in others.items() if value != getattr(Args, name.replace("-", "_"))}
+    flags |= {"teacher": args.teacher.name} if args.teacher else {}
     return "python benchmark/reference.py " + " ".join(f"--{name} {value}" for name, value in flags.items())
 
 

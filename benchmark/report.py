@@ -27,7 +27,7 @@ import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (it asks for a screen unless told otherwise first)
-from matplotlib.ticker import EngFormatter  # noqa: E402
+from matplotlib.ticker import EngFormatter, MaxNLocator  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"teacher-distill": "td", "student-distill": "sd", "ppd": "ppd"}  # as the paper's tables order and call them
@@ -361,18 +361,20 @@ def beside_reference(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
 
 
 def reference_table(runs: pd.DataFrame) -> str:
-    """Return PPD of the reference beside ours, run by run: return ± standard error, and fraction of the teacher's."""
+    """Return PPD of the reference beside ours, run by run: returns ± standard deviations, and student over teacher."""
     theirs, table = runs[runs.experiment == "reference"], []
     ours = runs[(runs.experiment == "methods") & (runs.method == "ppd")]
     theirs = theirs.assign(order=theirs["size"].map(SIZES.index)).sort_values(["task", "order", "seed"])
-    for _, row in theirs.iterrows():
-        same = ours[(ours.task == row.task) & (ours["size"] == row["size"]) & (ours.seed == row.seed)]
+    for _, run in theirs.iterrows():
+        same = ours[(ours.task == run.task) & (ours["size"] == run["size"]) & (ours.seed == run.seed)]
         cells = []
-        for rows in (same, row.to_frame().T):
-            teacher = scores_at(rows, "teacher", "")
-            cells += [cell_of(teacher), cell_of(scores_at(rows, "student", "", teacher))]
-        table.append([row.task, row["size"], str(row.seed), *cells])
-    header = ["task", "students", "seed", "teacher", "ppd", "teacher, the reference", "ppd, the reference"]
+        for row in (run, same.iloc[0] if len(same) else None):
+            cells += [""] * 3 if row is None else [
+                f"{number(row.teacher_mean)} ± {number(row.teacher_std, row.teacher_mean)}",
+                f"{number(row.student_mean)} ± {number(row.student_std, row.student_mean)}",
+                f"{row.student_mean / row.teacher_mean:.3f}"]
+        table.append([run.task, run["size"], str(run.seed), *cells])
+    header = ["task", "students", "seed", "the reference: teacher", "ppd", "ratio", "ours: teacher", "ppd", "ratio"]
     return markdown(header, table)
 
 
@@ -487,7 +489,8 @@ def finish(figure, title: str, path: Path) -> None:
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    handles["the teacher"] = handles.pop("the teacher")  # last
+    if "the teacher" in handles:  # last
+        handles["the teacher"] = handles.pop("the teacher")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6),
                   handlelength=3.2, columnspacing=1.5, frameon=False)
     figure.suptitle(title)
@@ -568,8 +571,37 @@ def profiles(folder: Path, runs: pd.DataFrame, name: str, title: str) -> bool:
     return True
 
 
-def curve_of(folder: Path, run: pd.Series) -> pd.Series:
-    """Read the thinned learning curve of a row's student: returns by environment step, from its first episode's end."""
+def divergences(folder: Path, runs: pd.DataFrame, name: str, title: str) -> bool:
+    """Draw KL(teacher || student) in the reference's runs and in ours; returns whether there was anything to draw.
+
+    A point of the reference's is the mean over a twentieth of the run, drawn in the middle of it.
+    """
+    theirs = runs[runs.experiment == "reference"].sort_values(["task", "size", "seed"])
+    if theirs.empty:
+        return False
+    columns = 2 if len(theirs) <= 4 else 3
+    lines = -(-len(theirs) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(PAGE, 2.0 * lines + 0.7), squeeze=False, layout="constrained")
+    for number, (axis, (_, run)) in enumerate(zip(axes.flat, theirs.iterrows(), strict=False)):
+        file = folder / f"reference/{run.task}__{run['size']}__{run.seed}.json"
+        curve = pd.DataFrame(json.loads(file.read_text())["curve"])
+        ours = curve_of(folder, run.replace("reference", "methods"), "losses/teacher_kl")
+        axis.plot(ours.index, ours, color="black", linestyle="-", marker="o", markevery=0.15, label="ours")
+        middles = (curve.steps + curve.steps.shift(fill_value=0)) / 2
+        axis.plot(middles, curve.kl, color="#D55E00", linestyle="--", marker="^", markevery=3, label="the reference")
+        axis.set(title=f"{run.task}, {run['size']}, seed {run.seed}", yscale="log", xlim=(0, None),
+                 xlabel="environment steps" if number + columns >= len(theirs) else "",
+                 ylabel="KL divergence" if number % columns == 0 else "")
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axis in axes.flat[len(theirs):]:
+        axis.axis("off")
+    finish(figure, title, folder / name)
+    return True
+
+
+def curve_of(folder: Path, run: pd.Series, column: str = "charts/episodic_return") -> pd.Series:
+    """Read a column of the thinned learning curve of a row's student by environment step, from its first value on."""
     experiment = "methods" if run.experiment == "lambda" and run.distill_coef == 1 else run.experiment
     first = run.seed if run.suite != "gymnax" else "*"
     coef = f"__{run.distill_coef:g}" if experiment == "lambda" and run.suite != "gymnax" else ""
@@ -581,7 +613,7 @@ def curve_of(folder: Path, run: pd.Series) -> pd.Series:
             curve = curve[curve.distill_coef == run.distill_coef] if experiment == "lambda" else curve
         if len(curve):
             break
-    return curve.set_index("global_step")["charts/episodic_return"].dropna() if len(curve) else pd.Series(dtype=float)
+    return curve.set_index("global_step")[column].dropna() if len(curve) else pd.Series(dtype=float)
 
 
 def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
@@ -606,6 +638,9 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
         title = f"{SUITES[suite]}: larger students by PPD with several λ"
         if curves(folder, studied, "distill_coef", labels, name, title):
             shown.append(f"![{title}]({name})")
+    title, name = "PPD of the reference and ours: the divergence from the teacher while students learn", "reference.png"
+    if divergences(folder, runs, name, title):
+        shown.append(f"![{title}]({name})")
     return shown
 
 
@@ -640,8 +675,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                     "over seeds\n\n" + improvement_table(runs, suite))
         if "reference" in kinds:
             found[f"{suite}-reference"] = (
-                f"{name}: PPD of the reference beside ours, return ± standard error over episodes, and as a fraction "
-                "of the teacher's\n\n" + reference_table(runs))
+                f"{name}: PPD of the reference beside ours, return ± standard deviation over episodes\n\n"
+                + reference_table(runs))
         if "imperfect" in kinds:
             found[f"{suite}-imperfect"] = (
                 f"{name}: larger students of corrupted teachers, as a fraction of the uncorrupted, geometric mean "

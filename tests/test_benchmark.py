@@ -373,14 +373,17 @@ def test_the_reference_stands_beside_ours(tmp_path):
     (tmp_path / "reference/Ant-v4__same__100.json").write_text(json.dumps({
         "env_id": "Ant-v4", "student_size": "same", "seed": 100, "steps": 1152, "command": "python benchmark/reference.py",
         "teacher": {"mean": 200_000.0, "std": 2000.0, "returns": [0.0] * 4},
-        "student": {"mean": 50_000.0, "std": 1000.0, "returns": [0.0] * 4}}))
+        "student": {"mean": 50_000.0, "std": 1000.0, "returns": [0.0] * 4},
+        "curve": [{"steps": 1152 * i, "kl": 10.0 / i, "return": None} for i in (1, 2, 3)]}))
     runs = report.load(tmp_path).assign(episodes=4, teacher_std=400.0, student_std=200.0)
     table = report.sections(runs)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table["mujoco-returns"].splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1 and lines[0][-1] == "the reference's ppd / teacher (ours)"
     assert {line[0]: line[-1] for line in lines[2:]} == {"Ant-v4": "same 0.25 (0.90)", "Hopper-v4": "", "the paper's": ""}
     assert table["mujoco-reference"].splitlines()[-1] == (
-        "| Ant-v4 | same | 100 | 100,000 ± 200 | 90,000 ± 100 (0.90) | 200,000 ± 200 | 50,000 ± 100 (0.25) |")
+        "| Ant-v4 | same | 100 | 200,000 ± 400 | 50,000 ± 200 | 0.250 | 100,000 ± 400 | 90,000 ± 200 | 0.900 |")
+    assert report.divergences(tmp_path, runs, "kl.png", "title") and (tmp_path / "kl.png").stat().st_size > 10_000
+    assert not report.divergences(tmp_path, runs[runs.experiment == "methods"], "none.png", "title")
 
 
 def test_lines_of_figures_differ_without_colour():

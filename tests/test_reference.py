@@ -66,6 +66,8 @@ def test_the_command_in_the_file_names_what_is_not_the_default():
     assert reference.command_line(args) == command
     args = reference.Args("elsewhere/sb3_distill", "Ant-v4", "larger", 200, total_timesteps=1152)
     assert reference.command_line(args) == command + " --total-timesteps 1152"
+    args = reference.Args("elsewhere/sb3_distill", "Ant-v4", "larger", 200, Path("elsewhere/teacher.safetensors"))
+    assert reference.command_line(args) == command + " --teacher teacher.safetensors"
 
 
 def test_discounts_are_the_papers():
