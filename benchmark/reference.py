@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
-from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN = {"smaller": (128, 64), "same": (256, 256), "larger": (512, 512)}
@@ -64,8 +63,7 @@ class Args:
 def read_model(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """Return what a model file says of itself, and its arrays by name."""
     with safetensors.safe_open(path, "numpy") as file:
-        about = json.loads(file.metadata()["about"])
-    return about, load_file(path)
+        return json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}
 
 
 def normalize(arrays: dict[str, np.ndarray], observations: np.ndarray) -> np.ndarray:

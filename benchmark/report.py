@@ -483,6 +483,20 @@ def looks(labels: dict) -> dict:
     return dict(zip(labels, zip(shades, itertools.cycle(LINES), itertools.cycle(MARKERS)), strict=False))
 
 
+def panels(count: int, ylabel: str) -> tuple:
+    """Make a figure of so many panels over environment steps, labelled at its edges; returns it and the panels."""
+    columns = min(2 if count <= 4 else 3, count)
+    lines = -(-count // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(PAGE, 2.0 * lines + 0.7), squeeze=False, layout="constrained")
+    for number, axis in enumerate(axes.flat):
+        axis.set(xlabel="environment steps" if number + columns >= count else "",
+                 ylabel=ylabel if number % columns == 0 else "")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, axes.flat[:count]
+
+
 def finish(figure, title: str, path: Path) -> None:
     """Give a figure its title, and one legend of all panels below them, and write it."""
     handles = {}
@@ -508,11 +522,9 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
     tasks = sorted(runs.task.unique())
     if not tasks:
         return False
-    columns = min(2 if len(tasks) <= 4 else 3, len(tasks))
-    lines = -(-len(tasks) // columns)
     few, look = len(labels) <= len(METHODS), looks(labels)
-    figure, axes = plt.subplots(lines, columns, figsize=(PAGE, 2.0 * lines + 0.7), squeeze=False, layout="constrained")
-    for number, (axis, task) in enumerate(zip(axes.flat, tasks, strict=False)):
+    figure, axes = panels(len(tasks), "episodic return")
+    for axis, task in zip(axes, tasks, strict=True):
         for i, (value, label) in enumerate(labels.items()):
             color, line, marker = look[value]
             each = runs[(runs.task == task) & (runs[column] == value)]
@@ -534,11 +546,7 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
                               elinewidth=0.8, linestyle="none", label=label if value == "teacher-distill" else None)
         teachers = runs[runs.task == task].drop_duplicates("seed").teacher_mean
         axis.axhline(teachers.mean(), linestyle=(0, (1, 2)), color="black", linewidth=0.9, label="the teacher")
-        axis.set(title=task, xlim=(0, None), xlabel="environment steps" if number + columns >= len(tasks) else "",
-                 ylabel="episodic return" if number % columns == 0 else "")
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for axis in axes.flat[len(tasks):]:
-        axis.axis("off")
+        axis.set(title=task, xlim=(0, None))
     finish(figure, f"{title}\n{spread(runs)}; right of the lines: as evaluated at the end", folder / name)
     return True
 
@@ -579,23 +587,16 @@ def divergences(folder: Path, runs: pd.DataFrame, name: str, title: str) -> bool
     theirs = runs[runs.experiment == "reference"].sort_values(["task", "size", "seed"])
     if theirs.empty:
         return False
-    columns = 2 if len(theirs) <= 4 else 3
-    lines = -(-len(theirs) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(PAGE, 2.0 * lines + 0.7), squeeze=False, layout="constrained")
-    for number, (axis, (_, run)) in enumerate(zip(axes.flat, theirs.iterrows(), strict=False)):
+    figure, axes = panels(len(theirs), "KL divergence")
+    for axis, (_, run) in zip(axes, theirs.iterrows(), strict=True):
         file = folder / f"reference/{run.task}__{run['size']}__{run.seed}.json"
         curve = pd.DataFrame(json.loads(file.read_text())["curve"])
         ours = curve_of(folder, run.replace("reference", "methods"), "losses/teacher_kl")
         axis.plot(ours.index, ours, color="black", linestyle="-", marker="o", markevery=0.15, label="ours")
         middles = (curve.steps + curve.steps.shift(fill_value=0)) / 2
         axis.plot(middles, curve.kl, color="#D55E00", linestyle="--", marker="^", markevery=3, label="the reference")
-        axis.set(title=f"{run.task}, {run['size']}, seed {run.seed}", yscale="log", xlim=(0, None),
-                 xlabel="environment steps" if number + columns >= len(theirs) else "",
-                 ylabel="KL divergence" if number % columns == 0 else "")
+        axis.set(title=f"{run.task}, {run['size']}, seed {run.seed}", yscale="log", xlim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for axis in axes.flat[len(theirs):]:
-        axis.axis("off")
     finish(figure, title, folder / name)
     return True
 

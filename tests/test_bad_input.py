@@ -195,7 +195,6 @@ def spoiled(tiny_teacher, tmp_path_factory):
     save("lacking", lacking=("obs_stats",))
     save("nameless", lacking=("env_id",))
     save("elsewhere", {"env_id": "Hopper-v1"})
-    save("ant", {"observation_shape": [27], "action_dim": 8})
     save("infinite", arrays={name: np.full_like(x, np.inf) for name, x in arrays.items()})
     save("skipless", {"env_id": "Pong-v5", "variant": {"frame_skip": 0, "repeat_action_probability": 0.0}})
     save_checkpoint(m, folder / "whole", total_timesteps=1000, num_steps=256, ent_coef=0.0, eval_episodes=1, num_minibatches=1)

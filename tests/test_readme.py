@@ -58,7 +58,7 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
         for word, mean in (("unbroken", result["means"]["unbroken"]), ("half-way and resumed", result["means"]["resumed"])):
             assert any(f"{mean:.3f}" in line for line in rows(word)), mean
         return
-    elif "detached" in result:  # benchmark/detached.py
+    elif "detached" in result:  # PPD with each --distill-weight
         for runs in result["detached"].values():
             ratios, kl = ([f"{x['ratio']:.3f}" for x in runs], [f"{sum(x) / len(x):.2f}" for x in zip(*(x["kl"] for x in runs), strict=True)])
             assert any(f"| {', '.join(ratios)} | {', '.join(kl)} |" in line for line in LINES), (ratios, kl)
