@@ -66,6 +66,7 @@ class Network(NamedTuple):
     kind: Literal["mlp", "nature", "impala", "minatar"]
     channels: tuple[int, ...]
     hidden: tuple[int, ...]
+    activation: Literal["relu", "tanh"] = "relu"  # of the hidden layers; convolutions have ReLU
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,9 @@ def step(envs: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 # ======================================================================================================================
 
 
+ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}  # of hidden layers, by their name in a model file
+
+
 def torso(network: Network, x: jax.Array) -> jax.Array:
     """Compute features [..., F] of normalised states or flat grids [..., D], or of images [..., C, H, W], uint8.
 
@@ -282,7 +286,7 @@ def torso(network: Network, x: jax.Array) -> jax.Array:
     if network.kind in ("nature", "impala"):
         x = x.reshape(*x.shape[:-3], -1)
     for width in network.hidden:
-        x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))
+        x = ACTIVATIONS[network.activation](nn.Dense(width, kernel_init=orthogonal)(x))
     return x
 
 
@@ -468,6 +472,13 @@ def checked(what: str) -> Iterator[None]:
         fail(f"{what}: {type(error).__name__} {error}")
 
 
+def read_network(found: dict) -> Network:
+    """Return the network that a file describes; raises an exception of any kind if it does not describe one."""
+    found = Network._field_defaults | found  # older files say less
+    return Network(**{name: tuple(found[name][:MAX_LAYERS]) if isinstance(found[name], list) else found[name]
+                      for name in Network._fields})
+
+
 def load_policy(path: str) -> tuple[dict, Policy, dict]:
     """Read a model file: what it says, its policy, parameters and statistics; end the program if it is not one."""
     with checked(f"{path} is no model of this project"):
@@ -477,11 +488,11 @@ def load_policy(path: str) -> tuple[dict, Policy, dict]:
         for name in VARIANTS.get(suite, ()):
             if not in_range(name, about["variant"][name]):
                 raise ValueError(f"its {name} is {about['variant'][name]}, which cannot be")
-        kind, channels, hidden = (about["network"][name] for name in Network._fields)
+        network = read_network(about["network"])
+        kind, channels = network.kind, network.channels
         if kind not in KINDS[suite] or len(channels) > 3:
             raise ValueError(f"its network, {kind} with {len(channels)} convolutions, is none of {env_id}")
         (shape, actions), gaussian = gymnax_shape(env_id) if gymnax else (task_shape(env_id), suite == "mujoco")
-        network = Network(kind, tuple(channels), tuple(hidden[:MAX_LAYERS]))
         policy = Policy(network, about["action_dim"], gaussian)
         if (found := (about["observation_shape"], policy.action_dim)) != (shape, actions):
             raise ValueError(f"it is for observations and actions of {found}; those of {env_id} are {(shape, actions)}")

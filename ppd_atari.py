@@ -75,6 +75,7 @@ class Network(NamedTuple):
     kind: Literal["nature", "impala"]
     channels: tuple[int, int, int]
     hidden: tuple[int, ...]
+    activation: Literal["relu", "tanh"] = "relu"  # of the hidden layers; convolutions have ReLU
 
 
 NETWORKS = {
@@ -134,7 +135,7 @@ class Args:
     @property
     def network(self) -> Network:
         """The student's networks (appendix A.3, with the smaller one of Table 4)."""
-        kind, channels, hidden = NETWORKS[self.student_size]
+        kind, channels, hidden, *_ = NETWORKS[self.student_size]
         hidden = hidden if self.student_hidden is None else self.student_hidden
         return Network(kind, self.student_channels or channels, hidden)
 
@@ -272,6 +273,9 @@ def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) ->
 # ======================================================================================================================
 
 
+ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}  # of hidden layers, by their name in a model file
+
+
 def torso(network: Network, x: jax.Array) -> jax.Array:
     """Compute features [..., F] of images [..., C, H, W], uint8, inside a module's __call__, which owns the layers.
 
@@ -293,7 +297,7 @@ def torso(network: Network, x: jax.Array) -> jax.Array:
         x = nn.relu(x)
     x = x.reshape(*x.shape[:-3], -1)
     for width in network.hidden:
-        x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))
+        x = ACTIVATIONS[network.activation](nn.Dense(width, kernel_init=orthogonal)(x))
     return x
 
 
@@ -865,6 +869,13 @@ def load_checkpoint(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
     fail(f"{problems}{folder} holds no checkpoint to go on from")
 
 
+def read_network(found: dict) -> Network:
+    """Return the network that a file describes; raises an exception of any kind if it does not describe one."""
+    found = Network._field_defaults | found  # older files say less
+    return Network(**{name: tuple(found[name][:MAX_LAYERS]) if isinstance(found[name], list) else found[name]
+                      for name in Network._fields})
+
+
 def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.ndarray] | None = None) -> Teacher:
     """Make the policy of --teacher or of the task's shipped teacher, or that of a resumed run from its checkpoint.
 
@@ -883,10 +894,10 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
         env_id = env_id or about["env_id"]
         variant = {name: about["variant"][name] if getattr(args, name) is None else getattr(args, name)
                    for name in VARIANT}
-        kind, channels, hidden = (about["network"][name] for name in Network._fields)
-        if kind not in ("nature", "impala") or len(channels) != 3:
-            raise ValueError(f"its network is of the kind {kind}, with {len(channels)} convolutions or stages")
-        policy = Policy(Network(kind, tuple(channels), tuple(hidden[:MAX_LAYERS])), about["action_dim"])
+        network = read_network(about["network"])
+        if network.kind not in ("nature", "impala") or len(network.channels) != 3:
+            raise ValueError(f"its network, {network.kind} with {len(network.channels)} stages, is none of images")
+        policy = Policy(network, about["action_dim"])
         if (found := (about["observation_shape"], policy.num_actions)) != (needed := task_shape(env_id)):
             fail(f"{path} is for observations and actions of {found}; those of {env_id} are {needed}")
         x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.uint8)

@@ -79,6 +79,7 @@ class Network(NamedTuple):
     kind: Literal["mlp", "nature", "impala"]
     channels: tuple[int, ...]
     hidden: tuple[int, ...]
+    activation: Literal["relu", "tanh"] = "relu"  # of the hidden layers; convolutions have ReLU
 
 
 CONVOLUTIONAL = {
@@ -149,7 +150,7 @@ class Args:
     @property
     def network(self) -> Network:
         """The student's networks (appendix A.3, with the smaller convolutional one of Table 4)."""
-        kind, channels, hidden = NETWORKS[suite_of(self.env_id)][self.student_size]
+        kind, channels, hidden, *_ = NETWORKS[suite_of(self.env_id)][self.student_size]
         hidden = hidden if self.student_hidden is None else self.student_hidden
         return Network(kind, self.student_channels or channels, hidden)
 
@@ -323,6 +324,9 @@ def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) ->
 # ======================================================================================================================
 
 
+ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}  # of hidden layers, by their name in a model file
+
+
 def torso(network: Network, x: jax.Array) -> jax.Array:
     """Compute features [..., F] of normalised states [..., D], or of images [..., C, H, W], uint8.
 
@@ -347,7 +351,7 @@ def torso(network: Network, x: jax.Array) -> jax.Array:
     if network.kind != "mlp":
         x = x.reshape(*x.shape[:-3], -1)
     for width in network.hidden:
-        x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))
+        x = ACTIVATIONS[network.activation](nn.Dense(width, kernel_init=orthogonal)(x))
     return x
 
 
@@ -999,16 +1003,24 @@ def goal_of(about: dict) -> float:
     return about["evaluation"].get("train_levels", about["evaluation"])["mean"]
 
 
+def read_network(found: dict) -> Network:
+    """Return the network that a file describes; raises an exception of any kind if it does not describe one."""
+    found = Network._field_defaults | found  # older files say less
+    return Network(**{name: tuple(found[name][:MAX_LAYERS]) if isinstance(found[name], list) else found[name]
+                      for name in Network._fields})
+
+
 def make_teacher(args: Args, env_id: str, about: dict, arrays: dict[str, np.ndarray], prefix: str) -> Teacher:
     """Make the policy of one teacher for a task; ValueError if the content of its file is not what it says.
 
     prefix: of the names of its arrays, in a checkpoint.
     """
     suite = suite_of(env_id)
-    kind, channels, hidden = (about["network"][name] for name in Network._fields)
+    network = read_network(about["network"])
+    kind, channels = network.kind, network.channels
     if kind not in {network.kind for network in NETWORKS[suite].values()} or len(channels) > 3:
         raise ValueError(f"its network, {kind} with {len(channels)} convolutions, is none of {env_id}")
-    policy = Policy(Network(kind, tuple(channels), tuple(hidden[:MAX_LAYERS])), about["action_dim"])
+    policy = Policy(network, about["action_dim"])
     x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32 if kind == "mlp" else jnp.uint8)
     params = {"policy": fill(jax.eval_shape(policy.init, jax.random.PRNGKey(0), x), arrays, prefix + "policy"),
               "obs_stats": None}

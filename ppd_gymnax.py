@@ -84,6 +84,8 @@ class Network(NamedTuple):
     kind: Literal["mlp", "minatar"]
     channels: tuple[int, ...]
     hidden: tuple[int, ...]
+    activation: Literal["relu", "tanh"] = "relu"  # of the hidden layers; convolutions have ReLU
+    value_hidden: tuple[int, ...] | None = None  # of the value network, where they are others
 
 
 # Networks of each --student-size, in about the paper's proportions: 0.25, 1 and 4 times the parameters
@@ -276,6 +278,9 @@ def step(env_id: str, world: World, actions: jax.Array, keys: jax.Array) -> tupl
 # ======================================================================================================================
 
 
+ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}  # of hidden layers, by their name in a model file
+
+
 def torso(network: Network, x: jax.Array) -> jax.Array:
     """Compute features [..., F] of flattened observations [..., D], inside a module's __call__, which owns the layers.
 
@@ -292,7 +297,7 @@ def torso(network: Network, x: jax.Array) -> jax.Array:
             x = nn.relu(dense(channels)(jnp.concatenate(windows, axis=-1)))
         x = x.reshape(*x.shape[:-3], -1)
     for width in network.hidden:
-        x = nn.relu(dense(width)(x))
+        x = ACTIVATIONS[network.activation](dense(width)(x))
     return x
 
 
@@ -322,7 +327,8 @@ class Value(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return values [...] for normalised x [..., D]."""
-        x = torso(self.network, x)
+        hidden = self.network.hidden if self.network.value_hidden is None else self.network.value_hidden
+        x = torso(self.network._replace(hidden=hidden), x)
         return nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x).squeeze(-1)
 
 
@@ -1002,7 +1008,9 @@ def load_checkpoint(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 def read_network(found: dict) -> Network:
     """Return the network that a file describes; raises an exception of any kind if it does not describe one."""
-    network = Network(found["kind"], tuple(found["channels"]), tuple(found["hidden"]))
+    found = Network._field_defaults | found  # older files say less
+    network = Network(**{name: tuple(found[name]) if isinstance(found[name], list) else found[name]
+                         for name in Network._fields})
     if network.kind not in ("mlp", "minatar") or len(network.channels) + len(network.hidden) > MAX_LAYERS:
         raise ValueError(f"its network, {network.kind}, has more than {MAX_LAYERS} layers or is none of gymnax's tasks")
     return network

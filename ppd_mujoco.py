@@ -240,17 +240,21 @@ def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) ->
 # ======================================================================================================================
 
 
+ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}  # of hidden layers, by their name in a model file
+
+
 class Policy(nn.Module):
-    """Gaussian policy: an MLP with ReLU gives the mean; the log standard deviation does not depend on the state."""
+    """Gaussian policy: an MLP gives the mean; the log standard deviation does not depend on the state."""
 
     hidden: tuple[int, ...]
     action_dim: int
+    activation: Literal["relu", "tanh"] = "relu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return mean and log standard deviation, both [..., A], for normalised states x [..., D]."""
         for width in self.hidden:
-            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
+            x = ACTIVATIONS[self.activation](nn.Dense(width, kernel_init=nn.initializers.orthogonal(np.sqrt(2)))(x))
         mean = nn.Dense(self.action_dim, kernel_init=nn.initializers.orthogonal(0.01))(x)
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
         return mean, jnp.broadcast_to(log_std, mean.shape)
@@ -765,9 +769,10 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
     with checked(f"{path} is no model of a MuJoCo task"):
         about, arrays = (saved["teacher"], arrays) if saved else read_file(path)
         env_id = env_id or about["env_id"]
-        if about["network"]["kind"] != "mlp" or type(about["variant"]["contact_forces"]) is not bool:
-            raise ValueError(f"it is of the kind {about['network']['kind']}, {about['variant']}")
-        policy = Policy(tuple(about["network"]["hidden"][:MAX_LAYERS]), about["action_dim"])
+        network = {"activation": "relu"} | about["network"]  # older files say less
+        if network["kind"] != "mlp" or type(about["variant"]["contact_forces"]) is not bool:
+            raise ValueError(f"it is of the kind {network['kind']}, {about['variant']}")
+        policy = Policy(tuple(network["hidden"][:MAX_LAYERS]), about["action_dim"], network["activation"])
         if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(env_id)):
             fail(f"{path} is for observations and actions of {found}; those of {env_id} are {needed}")
         x = jax.ShapeDtypeStruct(tuple(about["observation_shape"]), jnp.float32)
@@ -818,7 +823,7 @@ def finish(args: Args, run: Run, players: dict, teacher: Teacher) -> dict[str, f
     numbers = {name: found["mean"] for name, found in results.items()}
     ratio = numbers["student"] / numbers["teacher"] if numbers["teacher"] > 0 else None  # of losses it says nothing
     numbers |= {"ratio": math.nan if ratio is None else ratio} | {name: run.logged[name] for name in ("SPS", "seconds")}
-    network = {"kind": "mlp", "channels": [], "hidden": list(args.hidden)}
+    network = {"kind": "mlp", "channels": [], "hidden": list(args.hidden), "activation": "relu"}
     model = teacher.about | run.about | {"role": "student", "network": network, "evaluation": results["student"]}
     save_file(run.folder / "student.safetensors", model, players["student"][1])
     write_atomic(run.folder / "results.json", run.about | {"network": network} | numbers | {"ratio": ratio} | results)

@@ -74,6 +74,8 @@ class Network(NamedTuple):
     kind: Literal["mlp", "nature", "impala"]
     channels: tuple[int, ...]
     hidden: tuple[int, ...]
+    activation: Literal["relu", "tanh"] = "relu"  # of the hidden layers; convolutions have ReLU
+    value_hidden: tuple[int, ...] | None = None  # of the value network, where they are others
 
 
 CONVOLUTIONAL = {
@@ -134,7 +136,7 @@ class Args:
     @property
     def network(self) -> Network:
         """The student's networks (appendix A.3, with the smaller convolutional one of Table 4)."""
-        kind, channels, hidden = NETWORKS[suite_of(self.env_id)][self.student_size]
+        kind, channels, hidden, *_ = NETWORKS[suite_of(self.env_id)][self.student_size]
         hidden = hidden if self.student_hidden is None else self.student_hidden
         return Network(kind, self.student_channels or channels, hidden)
 
@@ -308,6 +310,9 @@ def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) ->
 # ======================================================================================================================
 
 
+ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}  # of hidden layers, by their name in a model file
+
+
 def torso(network: Network, x: jax.Array) -> jax.Array:
     """Compute features [..., F] of normalised states [..., D], or of images [..., C, H, W], uint8.
 
@@ -332,7 +337,7 @@ def torso(network: Network, x: jax.Array) -> jax.Array:
     if network.kind != "mlp":
         x = x.reshape(*x.shape[:-3], -1)
     for width in network.hidden:
-        x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))
+        x = ACTIVATIONS[network.activation](nn.Dense(width, kernel_init=orthogonal)(x))
     return x
 
 
@@ -394,7 +399,8 @@ class Value(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return values [...] for x as in `torso`."""
-        x = torso(self.network, x)
+        hidden = self.network.hidden if self.network.value_hidden is None else self.network.value_hidden
+        x = torso(self.network._replace(hidden=hidden), x)
         return nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))(x).squeeze(-1)
 
 
@@ -826,6 +832,13 @@ def load_checkpoint(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
     fail(f"{problems}{folder} holds no checkpoint to go on from")
 
 
+def read_network(found: dict) -> Network:
+    """Return the network that a file describes; raises an exception of any kind if it does not describe one."""
+    found = Network._field_defaults | found  # older files say less
+    return Network(**{name: tuple(found[name][:MAX_LAYERS]) if isinstance(found[name], list) else found[name]
+                      for name in Network._fields})
+
+
 def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.ndarray] | None = None) -> Teacher:
     """Make the policy and the value of a resumed run's teacher, of --teacher, or of the task's shipped one.
 
@@ -843,10 +856,10 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
         if args.env_id not in (None, about["env_id"]):
             fail(f"{path} is a teacher of {about['env_id']}, not of {args.env_id}")
         suite = suite_of(about["env_id"])
-        kind, channels, hidden = (about["network"][name] for name in Network._fields)
+        network = read_network(about["network"])
+        kind, channels = network.kind, network.channels
         if kind not in {network.kind for network in NETWORKS[suite].values()} or len(channels) > 3:
             raise ValueError(f"its network, {kind} with {len(channels)} convolutions, is none of {about['env_id']}")
-        network = Network(kind, tuple(channels), tuple(hidden[:MAX_LAYERS]))
         policy = Policy(network, about["action_dim"])
         if (found := (about["observation_shape"], policy.action_dim)) != (needed := task_shape(about["env_id"])):
             fail(f"{path} is for observations and actions of {found}; those of {about['env_id']} are {needed}")

@@ -76,6 +76,7 @@ class Network(NamedTuple):
     kind: Literal["mlp", "nature", "impala"]
     channels: tuple[int, ...]
     hidden: tuple[int, ...]
+    activation: Literal["relu", "tanh"] = "relu"  # of the hidden layers; convolutions have ReLU
 
 
 CONVOLUTIONAL = {
@@ -137,7 +138,7 @@ class Args:
     @property
     def network(self) -> Network:
         """The networks of policy and value (appendix A.2)."""
-        kind, channels, hidden = NETWORKS[suite_of(self.env_id)][self.size]
+        kind, channels, hidden, *_ = NETWORKS[suite_of(self.env_id)][self.size]
         return Network(kind, self.channels or channels, hidden if self.hidden is None else self.hidden)
 
     @property
@@ -309,6 +310,9 @@ def collect(envs: Any, cursor: Cursor, policy_step: Callable, num_steps: int) ->
 # ======================================================================================================================
 
 
+ACTIVATIONS = {"relu": nn.relu, "tanh": nn.tanh}  # of hidden layers, by their name in a model file
+
+
 def torso(network: Network, x: jax.Array) -> jax.Array:
     """Compute features [..., F] of normalised states [..., D], or of images [..., C, H, W], uint8.
 
@@ -333,7 +337,7 @@ def torso(network: Network, x: jax.Array) -> jax.Array:
     if network.kind != "mlp":
         x = x.reshape(*x.shape[:-3], -1)
     for width in network.hidden:
-        x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))
+        x = ACTIVATIONS[network.activation](nn.Dense(width, kernel_init=orthogonal)(x))
     return x
 
 

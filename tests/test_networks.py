@@ -83,7 +83,7 @@ def policies(env_id, size, **flags):
     actions = STATES[env_id][1] if env_id in STATES else ACTIONS[env_id]
     shape = STATES[env_id][:1] if env_id in STATES else own.OBSERVATION_SHAPE
     return [own.Policy(student.hidden if env_id in STATES else student.network, actions), train_teacher.Policy(teacher.network, actions),
-            student_distill.Policy(network, actions), evaluate.Policy(evaluate.Network(*network), actions, env_id in STATES)], shape
+            student_distill.Policy(network, actions), evaluate.Policy(evaluate.Network(*network[:4]), actions, env_id in STATES)], shape
 
 
 @pytest.mark.parametrize("size", ["smaller", "same", "larger"])
@@ -252,7 +252,7 @@ def test_images_are_divided_by_255_and_channels_come_first(m, shape):
 def test_student_hidden_overrides_the_size():
     assert ppd_mujoco.Args(student_size="smaller", student_hidden=(7, 5)).hidden == (7, 5)
     network = ppd_atari.Args(student_size="same", student_channels=(1, 2, 3), student_hidden=(7,)).network
-    assert network == ("impala", (1, 2, 3), (7,))
+    assert network == ("impala", (1, 2, 3), (7,), "relu")
 
 
 @pytest.mark.parametrize("m", [train_teacher, ppd_mujoco])

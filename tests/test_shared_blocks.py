@@ -26,6 +26,7 @@ DIFFERENT = {  # ppd_gymnax.py has no phantoms, and trains many runs at once
     "AP": ('act',),
     "AP SD": ('Batch', 'init_state', 'resolve', 'update'),
     "APB SD": ('warn_if_slow',),
+    "APSDBE": ('read_network',),
     "MAP": ('distill_coef_at', 'ppd_loss', 'ppd_terms'),
     "MAP SD": ('Networks',),
     "MAPB SD": ('TrainState',),
@@ -37,8 +38,9 @@ DIFFERENT = {  # ppd_gymnax.py has no phantoms, and trains many runs at once
     "TMAPB": ('compute_gae', 'discount_forward', 'standardize', 'update_stats'),
     "TMAPSDB": ('BEGIN', 'RESUMABLE', 'check_finite', 'collect', 'make_optimizer'),
     "TMAPSDBE": ('evaluate', 'over_devices'),
+    "TB SD AP": ('Network', 'Value'),
     "TSDB": ('assess',),
-    "TSDB AP": ('Cursor', 'NETWORKS', 'Network', 'Policy', 'Rollout', 'Value', 'draw_noise', 'torso'),
+    "TSDB AP": ('Cursor', 'NETWORKS', 'Policy', 'Rollout', 'draw_noise', 'torso'),
     "TSDBE": ('act_deterministic', 'make_envs', 'normalize', 'step'),
     "TSDBE AP": ('distribution', 'reset'),
 }
