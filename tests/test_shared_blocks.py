@@ -17,12 +17,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS = {"T": "train_teacher.py", "M": "ppd_mujoco.py", "A": "ppd_atari.py", "P": "ppd_procgen.py", "S": "student_distill.py",
-           "D": "teacher_distill.py", "B": "ppd_beyond.py", "E": "evaluate.py", "G": "ppd_gymnax.py"}
+           "D": "teacher_distill.py", "B": "ppd_beyond.py", "E": "evaluate.py", "I": "import_teacher.py", "G": "ppd_gymnax.py"}
 SCRIPTS = list(LETTERS.values())
 
 # Blocks that differ: groups of scripts that share one text, one letter a script; a script in no group has its own
 DIFFERENT = {  # ppd_gymnax.py has no phantoms, and trains many runs at once
-    "": ('OBSERVATION_SHAPE', 'VARIANT', 'load_teachers', 'main'),
+    "": ('GymnaxEnvs', 'OBSERVATION_SHAPE', 'VARIANT', 'check', 'load_teachers', 'main'),
     "AP": ('act',),
     "AP SD": ('Batch', 'init_state', 'resolve', 'update'),
     "APB SD": ('warn_if_slow',),
@@ -34,15 +34,18 @@ DIFFERENT = {  # ppd_gymnax.py has no phantoms, and trains many runs at once
     "MB AP SD": ('Teacher',),
     "SD": ('Args', 'RANGES', 'distill_loss', 'load_teacher'),
     "SDB": ('finish',),
-    "SDBE": ('task_shape',),
+    "SDBEI": ('task_shape',),
+    "TB AP SD": ('Network', 'Value'),
     "TMAPB": ('compute_gae', 'discount_forward', 'standardize', 'update_stats'),
     "TMAPSDB": ('BEGIN', 'RESUMABLE', 'check_finite', 'collect', 'make_optimizer'),
-    "TMAPSDBE": ('evaluate', 'over_devices'),
-    "TB SD AP": ('Network', 'Value'),
+    "TMAPSDBE": ('over_devices',),
+    "TMAPSDBEI": ('evaluate',),
     "TSDB": ('assess',),
     "TSDB AP": ('Cursor', 'NETWORKS', 'Policy', 'Rollout', 'draw_noise', 'torso'),
-    "TSDBE": ('act_deterministic', 'make_envs', 'normalize', 'step'),
-    "TSDBE AP": ('distribution', 'reset'),
+    "TSDBE": ('act_deterministic', 'normalize'),
+    "TSDBE AP": ('distribution',),
+    "TSDBEI": ('make_envs', 'step'),
+    "TSDBEI AP": ('reset',),
 }
 GROUPS = {name: [{LETTERS[letter] for letter in group} for group in groups.split()] for groups, names in DIFFERENT.items() for name in names}
 # Flags whose default, and with it the docstring, is each script's own
@@ -52,7 +55,7 @@ OWN_FLAGS = {"ppd_gymnax.py": {"device", "distill_coef", "learning_rate", "num_e
              "ppd_beyond.py": {"distill_coef"}}
 SECTIONS = ["Arguments", "Environments", "Networks", "Mathematics", "Jitted steps", "Files", "Evaluation", "Command line", "Main"]
 COMPANIONS = {"distrax": "tfp-nightly", "envpool": "gymnasium", "gymnax": "gymnasium"}  # pinned for what a package needs
-OPTIONAL = {"wandb"}
+OPTIONAL = {"torch", "wandb"}
 
 
 def source(script: str) -> str:
@@ -179,7 +182,7 @@ def test_every_flag_is_documented_and_read(script):
         assert name in read or name in strings, f"{script}: nothing reads --{name}"
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS[1:] if name != "evaluate.py"])
+@pytest.mark.parametrize("script", [name for name in SCRIPTS[1:] if name not in ("evaluate.py", "import_teacher.py")])
 def test_flags_of_one_name_are_one_flag(script):
     ours = flags(script)
     for other in SCRIPTS[: SCRIPTS.index(script)]:
@@ -215,7 +218,7 @@ def test_banners_come_in_order(script):
     text = source(script).splitlines()
     titles = [text[i + 1][2:] for i in range(len(text) - 2) if text[i] == text[i + 2] == rule]
     assert titles == [name for name in SECTIONS if name in titles]
-    assert len(titles) >= (6 if script == "evaluate.py" else 8) and text.count(rule) == 2 * len(titles)
+    assert len(titles) >= (6 if script in ("evaluate.py", "import_teacher.py") else 8) and text.count(rule) == 2 * len(titles)
 
 
 def sync(owner: str) -> None:
