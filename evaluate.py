@@ -1,7 +1,8 @@
-"""Evaluate any model file by the paper's protocol, and film it.
+"""Evaluate any model file by the paper's protocol, film it, and write its model card.
 
     python evaluate.py teachers/Hopper-v4__100.safetensors
     python evaluate.py runs/.../student.safetensors --video hopper.gif
+    python evaluate.py runs/.../student.safetensors --card hopper
 
 Raw rewards and whole games: 50 episodes with deterministic actions (Atari, MuJoCo), or 200 with sampled actions
 (Procgen) on unseen levels and, apart from them, on those of training. There are as many environments as episodes and
@@ -80,6 +81,7 @@ class Args:
     json: str | None = None  # also write every episode's return to this file
     video: str | None = None  # also film one episode: a .gif, or an .mp4 (pip install imageio-ffmpeg)
     video_seconds: float = 10.0  # length of the film at most, in the simulation's own time
+    card: str | None = None  # also write a new folder as a model hub expects it: model, card, film and every return
 
 
 # ======================================================================================================================
@@ -626,6 +628,72 @@ def write_video(path: Path, frames: list[np.ndarray], rate: float) -> None:
         write_atomic(path, imageio.imwrite("<bytes>", frames, extension=path.suffix, **options))
 
 
+CARD = """---
+library_name: proximal-policy-distillation
+tags: [reinforcement-learning, deep-reinforcement-learning, proximal-policy-distillation, jax, {env_id}]
+model-index:
+- name: {env_id} {role}
+  results:
+  - task: {{type: reinforcement-learning, name: reinforcement-learning}}
+    dataset: {{type: {env_id}, name: {env_id}}}
+    metrics:
+    - {{type: mean_reward, name: mean_reward, value: {mean:.2f} +/- {std:.2f}, verified: false}}
+---
+
+# {env_id}: a {role} of Proximal Policy Distillation
+
+![one episode](replay.gif)
+
+A policy in JAX, {network}. Whole games with raw rewards and {actions} actions, the first of each environment:
+
+| levels or games | return, mean ± standard deviation | episodes | different ones |
+|---|---|---|---|
+{rows}
+
+`evaluation.json` has every return. The scripts of Proximal Policy Distillation in JAX play them again:
+
+```
+python evaluate.py model.safetensors --episodes {episodes} --seed {seed}
+```
+
+The model was made by this command, with these versions:
+
+```
+{command}
+{versions}
+```
+
+`model.safetensors` holds plain arrays, named by their path in the parameter tree, and describes itself as JSON in its
+header. The algorithm: Spigler, "Proximal Policy Distillation", TMLR 2025, [arXiv](https://arxiv.org/abs/2407.15134).
+"""
+
+
+def write_card(folder: Path, args: Args, about: dict, evaluation: dict, film: tuple[list[np.ndarray], float]) -> None:
+    """Write a folder as the Hugging Face Hub expects it: README.md with metadata, model, film and every return.
+
+    evaluation: as `assess` returns it; film: frames, and how many a second.
+    """
+    splits = {"all": evaluation}
+    if "train_levels" in evaluation:
+        splits = {"unseen": evaluation, "those of training": evaluation["train_levels"]}
+    rows = [f"| {name} | {found['mean']:,.1f} ± {found['std']:,.1f} | {len(found['returns'])} | {found['games']} |"
+            for name, found in splits.items()]
+    kinds = {"mlp": "an MLP", "nature": "a Nature-CNN", "impala": "an IMPALA-CNN", "minatar": "a CNN"}
+    layers = "-".join(map(str, (*about["network"]["channels"], *about["network"]["hidden"])))
+    said = {name: "".join(c if c.isprintable() and c != "`" else " " for c in str(about.get(name)))
+            for name in ("command", "versions", "role")}
+    text = CARD.format(
+        **said, env_id=about["env_id"], mean=evaluation["mean"], std=evaluation["std"], rows="\n".join(rows),
+        network=f"{kinds[about['network']['kind']]} of {layers}", seed=args.seed, episodes=len(evaluation["returns"]),
+        actions="sampled" if about["suite"] in ("procgen", "minatar") else "deterministic")
+    folder.mkdir()
+    write_atomic(folder / "model.safetensors", Path(args.model).read_bytes())
+    measured = {"env_id": about["env_id"], "variant": about.get("variant", {}), "seed": args.seed} | evaluation
+    write_atomic(folder / "evaluation.json", measured)
+    write_video(folder / "replay.gif", *film)
+    write_atomic(folder / "README.md", text.encode())
+
+
 # ======================================================================================================================
 # Command line
 # ======================================================================================================================
@@ -653,6 +721,8 @@ def check(args: Args) -> None:
     for path in filter(None, (args.json, args.video)):
         if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
             fail(f"cannot write {path}: it is a folder, or there is no folder for it")
+    if args.card and (os.path.exists(args.card) or not os.access(Path(args.card).resolve().parent, os.W_OK)):
+        fail(f"--card {args.card} exists, or there is no folder for it")
     if args.video and Path(args.video).suffix not in (".gif", ".mp4"):
         fail(f"--video writes .gif or .mp4, not {args.video}")
     if args.video and args.video.endswith(".mp4") and importlib.util.find_spec("imageio_ffmpeg") is None:
@@ -673,7 +743,7 @@ def in_range(name: str, value: Any) -> bool:
 def main(args: Args) -> dict[str, float]:
     """Evaluate the model, write and film what is asked for; returns what it prints."""
     check(args)
-    missing = load_opengl() if args.video else None
+    missing = load_opengl() if args.video or args.card else None
     about, policy, params = load_policy(args.model)
     if missing and about["suite"] == "mujoco":
         fail(f"filming needs OpenGL ({missing}); on Debian: apt-get install libegl1 libopengl0 libgl1-mesa-dri")
@@ -691,10 +761,14 @@ def main(args: Args) -> dict[str, float]:
     if args.json:
         said = {name: about[name] for name in ("env_id", "command", "variant")}
         write_atomic(Path(args.json), said | {"seed": args.seed} | numbers | evaluation)
-    if args.video:
+    if args.video or args.card:
         frames, rate = film(about, policy, params, args.seed, args.video_seconds)
-        write_video(Path(args.video), frames, rate)
-        print(f"{args.video}: {len(frames)} frames, {rate:.0f} a second")
+        if args.video:
+            write_video(Path(args.video), frames, rate)
+            print(f"{args.video}: {len(frames)} frames, {rate:.0f} a second")
+        if args.card:
+            write_card(Path(args.card), args, about, evaluation, (frames, rate))
+            print(f"{args.card}: README.md, model.safetensors, evaluation.json, replay.gif")
     return numbers
 
 

@@ -632,6 +632,7 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
             shown.append(f"![{title}]({name})")
         small = runs[(runs.suite == suite) & (runs.experiment == "cpu-methods") & (runs["size"] == "smaller")]
         title, name = f"{SUITES[suite]} at CPU scale: students of 64 units", f"figure_cpu_{suite}.png"
+        title += "; lines: training levels, marks: unseen ones" if suite == "procgen" else ""
         if curves(folder, small, "method", {x: x for x in METHODS}, name, title):
             shown.append(f"![{title}]({name})")
         studied, name = each[each.experiment == "lambda"], f"figure2_{suite}.png"

@@ -366,8 +366,7 @@ class Torso(nn.Module):
         return nn.relu(nn.Dense(512)(x.reshape(len(x), -1)))
 
 
-@pytest.fixture(scope="module")
-def cleanrl():
+def made_up_cleanrl():
     """Content of a file as CleanRL's PPO writes it: flags, and parameters of the network, the actor and the critic."""
     keys, x = jax.random.split(jax.random.PRNGKey(0), 3), jnp.zeros((1, 4, 84, 84))
     torso, actor, critic = Torso(), nn.Sequential([nn.Dense(6)]), nn.Sequential([nn.Dense(1)])
@@ -375,6 +374,11 @@ def cleanrl():
     heads = [{"params": {"Dense_0": head.init(key, jnp.zeros((1, 512)))["params"]["layers_0"]}}
              for head, key in ((actor, keys[1]), (critic, keys[2]))]
     return flax.serialization.to_bytes([{"env_id": "Pong-v5", "seed": 1}, [features, *heads]]), features, heads
+
+
+@pytest.fixture(scope="module")
+def cleanrl():
+    return made_up_cleanrl()
 
 
 def test_cleanrl(cleanrl, tmp_path, capsys):

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 import ppd_gymnax
 import ppd_mujoco
+import ppd_procgen
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))}
 README = PAGES[ROOT / "README.md"]
@@ -51,6 +52,10 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
             ratios = [f"{found[kind]['noise'] / found[kind]['signal']:.2f}" for kind in ("ratio", "detached")]
             cells = [result["env_id"], str(found["updates"]), f"{found['kl']:.1f}", *ratios]
             assert f"| {' | '.join(cells)} |" in LINES, cells
+        return
+    elif "imported" in result:  # benchmark/imported.py
+        cells = [f"{result[name]['mean']:,.1f} ± {result[name]['std']:,.1f}" for name in ("theirs", "teacher", "student")]
+        assert any(result["imported"] in line and f"| {' | '.join(cells)} |" in line for line in LINES), cells
         return
     elif "kl" in result:  # benchmark/pixels.py
         figures, lines = [f"{x['first']:.3f} to {x['last']:.3f}" for x in result["kl"].values()], rows(result["env_id"])
@@ -214,3 +219,21 @@ def test_the_code_in_the_page_of_teachers_acts_as_the_scripts_do(monkeypatch):
     expected = ppd_mujoco.act_deterministic(teacher.policy, teacher.params["policy"], teacher.params["obs_stats"], observations)
     np.testing.assert_allclose(found["act"](observations), expected, rtol=1e-4, atol=1e-4)
     assert found["about"] == teacher.about
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "CoinrunEasy-v0"])
+def test_the_code_for_pytorch_in_the_page_of_teachers_acts_as_the_scripts_do(env_id, monkeypatch):
+    pytest.importorskip("torch", reason="needs torch: pip install -r requirements-sb3.txt")
+    monkeypatch.chdir(ROOT)
+    first, *_, last = re.findall(r"```python\n(.*?)```", PAGES[ROOT / "docs/teachers.md"], re.DOTALL)
+    found = {}
+    exec(first.replace("Hopper-v4", env_id) + last, found)
+    m = ppd_mujoco if env_id == "Hopper-v4" else ppd_procgen
+    teacher, rng = m.load_teacher(m.Args(env_id=env_id)), np.random.default_rng(0)
+    if m is ppd_mujoco:
+        x = rng.normal(size=(64, 11)).astype(np.float32) * 2
+        expected = ppd_mujoco.act_deterministic(teacher.policy, teacher.params["policy"], teacher.params["obs_stats"], x)
+    else:
+        x = rng.integers(0, 256, (64, 3, 64, 64), np.uint8)
+        expected = teacher.policy.apply(teacher.params["policy"], x)
+    np.testing.assert_allclose(found["outputs"](x), expected, rtol=1e-4, atol=1e-4)

@@ -26,10 +26,12 @@ import imageio.v3 as imageio
 import jax
 import numpy as np
 import pytest
+import yaml
 from conftest import PPD, ROOT, RUNS, checkpoints, go_on, needs_procgen, on, rows, small, small_gymnax, words
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import evaluate
+import import_teacher
 import ppd_atari
 import ppd_gymnax
 import ppd_mujoco
@@ -623,14 +625,51 @@ def test_a_film_of_images_can_be_opened(env_id, shape, teachers, tmp_path, monke
     assert frames.shape[1:] == shape and len(frames) > 5 and frames.std() > 10
 
 
+@pytest.mark.parametrize("env_id", ["Pong-v5", pytest.param("CoinrunEasy-v0", marks=needs_procgen)])
+def test_a_model_card_says_what_was_measured(env_id, teachers, tmp_path, monkeypatch, capsys):
+    """The folder has all that a model hub shows, and the model in it is the model."""
+    levels = {"train_levels": {"mean": 4.25, "std": 2.0, "games": 2, "returns": [2.25, 6.25]}} if env_id.startswith("Coinrun") else {}
+    measured = {"mean": -1.5, "std": 0.5, "games": 1, "returns": [-1.0, -2.0]} | levels
+    monkeypatch.setattr(evaluate, "assess", lambda *_: measured)
+    card = tmp_path / "card"
+    args = evaluate.Args(model=str(teachers(env_id)), episodes=2, card=str(card), video_seconds=0.5, seed=7)
+    evaluate.main(args)
+    assert {path.name for path in card.iterdir()} == {"README.md", "model.safetensors", "evaluation.json", "replay.gif"}
+    assert (card / "model.safetensors").read_bytes() == teachers(env_id).read_bytes()
+    assert json.loads((card / "evaluation.json").read_text()).items() >= measured.items()
+    assert imageio.imread(card / "replay.gif").std() > 10
+    _, head, text = (card / "README.md").read_text().split("---\n", 2)
+    model, = yaml.safe_load(head)["model-index"]
+    result, = model["results"]
+    assert result["metrics"] == [{"type": "mean_reward", "name": "mean_reward", "value": "-1.50 +/- 0.50", "verified": False}]
+    assert result["dataset"] == {"type": env_id, "name": env_id} and env_id in yaml.safe_load(head)["tags"]
+    assert "python evaluate.py model.safetensors --episodes 2 --seed 7" in text and "| -1.5 ± 0.5 | 2 | 1 |" in text
+    assert ("| those of training | 4.2 ± 2.0 | 2 | 2 |" in text) == bool(levels)
+    with pytest.raises(SystemExit):
+        evaluate.main(args)
+    assert "exists" in capsys.readouterr().err
+
+
+def test_a_model_card_is_not_written_by_the_model(tiny_teacher, tmp_path, monkeypatch):
+    """Lines and fences in what a file says of itself stay within their place."""
+    about, arrays = ppd_mujoco.read_file(tiny_teacher)
+    about |= {"command": "x\n```\n---\n# Bad", "role": "a\n---\nlicense: none"}
+    measured = {"mean": 0.0, "std": 0.0, "games": 1, "returns": [0.0]}
+    args = evaluate.Args(model=str(tiny_teacher), card=str(tmp_path / "card"))
+    evaluate.write_card(tmp_path / "card", args, about | {"suite": "mujoco"}, measured, ([np.zeros((8, 8, 3), np.uint8)] * 2, 25.0))
+    lines = (tmp_path / "card/README.md").read_text().splitlines()
+    assert lines.count("---") == 2 and lines.count("```") == 4 and not any(line.startswith(("# Bad", "license")) for line in lines)
+
+
 # The command line ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [train_teacher, ppd_mujoco, ppd_atari, ppd_procgen, student_distill, teacher_distill, ppd_gymnax, evaluate])
+@pytest.mark.parametrize("m", [train_teacher, ppd_mujoco, ppd_atari, ppd_procgen, student_distill, teacher_distill, ppd_gymnax, evaluate,
+                               import_teacher])
 def test_help_is_documentation(m, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "160")
     with pytest.raises(SystemExit) as stopped:
-        evaluate.tyro.cli(m.Args, args=["--help"], description=m.__doc__) if m is evaluate else m.parse_args(["--help"])
+        evaluate.tyro.cli(m.Args, args=["--help"], description=m.__doc__) if m in (evaluate, import_teacher) else m.parse_args(["--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and "2407.15134" in text and "default: " in text
     if m.__name__.startswith("ppd"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import ROOT, needs_procgen
+from test_import_teacher import made_up_cleanrl
 from test_learning import made_up_teacher
 
 import evaluate
@@ -25,6 +26,7 @@ RUNS = {
     "ppd_beyond.py": [*STUDENT, "--distill-future-coef", "1"],
     "ppd_gymnax.py": ["--env-id", "CartPole-v1", "--num-seeds", "5", "--num-envs", "4", "--num-steps", "16", "--teacher-num-steps", "16",
                       "--teacher-timesteps", "128", "--total-timesteps", "128", "--eval-episodes", "2", "--run-dir", "run"],
+    "import_teacher.py": ["agent.cleanrl_model", "--env-id", "Pong-v5", "--frame-skip", "20", "--eval-episodes", "1"],
     "evaluate.py": ["teachers/Hopper-v4__100.safetensors", "--episodes", "1", "--json", "found.json"],
 }
 
@@ -41,6 +43,9 @@ def test_a_script_runs_alone_in_an_empty_folder(script, tmp_path):
     given = {script}
     if script in ("ppd_atari.py", "ppd_procgen.py"):
         given.add(made_up_teacher("Pong-v5" if script == "ppd_atari.py" else "BigfishEasy-v0", folder / "teacher.safetensors").name)
+    elif script == "import_teacher.py":
+        (folder / "agent.cleanrl_model").write_bytes(made_up_cleanrl()[0])
+        given.add("agent.cleanrl_model")
     elif script not in ("train_teacher.py", "ppd_gymnax.py"):
         (folder / "teachers").mkdir()
         shutil.copy(HOPPER, folder / "teachers")
@@ -52,6 +57,8 @@ def test_a_script_runs_alone_in_an_empty_folder(script, tmp_path):
     made = {path.name for path in folder.iterdir()} - given
     if script == "evaluate.py":
         assert made == {"found.json"} and json.loads((folder / "found.json").read_text())["mean"] > 0
+    elif script == "import_teacher.py":
+        assert made == {"teacher.safetensors"} and evaluate.load_policy(str(folder / "teacher.safetensors"))[0]["role"] == "teacher"
     else:
         files = {path.name for path in (folder / "run").iterdir()}
         last = {"train_teacher.py": "teacher.safetensors", "ppd_gymnax.py": "student_100.safetensors"}.get(script, "student.safetensors")
