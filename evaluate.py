@@ -679,7 +679,7 @@ def write_card(folder: Path, args: Args, about: dict, evaluation: dict, film: tu
     rows = [f"| {name} | {found['mean']:,.1f} ± {found['std']:,.1f} | {len(found['returns'])} | {found['games']} |"
             for name, found in splits.items()]
     kinds = {"mlp": "an MLP", "nature": "a Nature-CNN", "impala": "an IMPALA-CNN", "minatar": "a CNN"}
-    layers = "-".join(map(str, (*about["network"]["channels"], *about["network"]["hidden"])))
+    layers = "-".join(map(str, (*about["network"]["channels"], *about["network"]["hidden"]))) or "no hidden layer"
     said = {name: "".join(c if c.isprintable() and c != "`" else " " for c in str(about.get(name)))
             for name in ("command", "versions", "role")}
     text = CARD.format(

@@ -356,18 +356,22 @@ def read_sb3(path: str, observation_shape: list[int]) -> Agent:
     weights = {name: x.to(torch.float32).numpy() for name, x in state.items()}
     if unknown := [name for name in weights if not re.fullmatch(KNOWN, name)]:
         raise ValueError(f"{unknown[0]} is unknown in a policy of PPO or A2C")
-    options = data.get("policy_kwargs", {})
-    extractor = str(options.get("features_extractor_class", "NatureCNN"))
-    if not re.search("NatureCNN|FlattenExtractor", extractor):
+    if (module := data["policy_class"]["__module__"]) != "stable_baselines3.common.policies":
+        raise ValueError(f"its policy is one of {module}, which can compute anything")
+    options = data["policy_kwargs"]
+    extractor, layers = options.get("features_extractor_class"), "stable_baselines3.common.torch_layers"
+    if extractor not in (None, f"<class '{layers}.NatureCNN'>", f"<class '{layers}.FlattenExtractor'>"):
         raise ValueError(f"its {extractor} is unknown here")
     if data.get("use_sde") or not options.get("normalize_images", True):
         raise ValueError("it explores by gSDE, or its images are not divided by 255")
     policy, value = (sb3_layers(weights, player, observation_shape) for player in ("policy", "value"))
-    activation = re.sub(r".*\.|\W", "", str(options.get("activation_fn", "Tanh"))).lower()
+    known = {f"<class 'torch.nn.modules.activation.{name}'>": name.lower() for name in ("Tanh", "ReLU")}
+    torch_class = options.get("activation_fn", next(iter(known)))
+    activation = known.get(torch_class)
     if not any(name.startswith("mlp_extractor.") for name in weights):
         activation = "relu"  # that of Nature-CNN; an MLP without hidden layers has none
     if activation not in ("relu", "tanh") or activation == "tanh" and policy.convolutions:
-        raise ValueError(f"hidden layers with {activation} are unknown here, as is tanh after convolutions")
+        raise ValueError(f"hidden layers with {torch_class} are unknown here, as is tanh after convolutions")
     return Agent(policy, value, weights.get("log_std"), activation)
 
 
@@ -442,9 +446,12 @@ def read_stats(path: str, trust_pickle: bool, observation_shape: list[int]) -> d
             found = dict(np.load(file, allow_pickle=False))
         else:
             stats = pickle.load(file)
+            if not stats.norm_obs:
+                raise ValueError("it leaves observations as they are, so leave out --vecnormalize")
             found = {"mean": stats.obs_rms.mean, "var": stats.obs_rms.var, "count": stats.obs_rms.count,
                      "clip_obs": stats.clip_obs, "epsilon": stats.epsilon}
         found = {"clip_obs": 10.0, "epsilon": 1e-8, "count": 1.0} | found
+        found["clip_obs"] = np.minimum(found["clip_obs"], 1e6)  # beyond, no float32 has a use for it
         found = {name: np.asarray(found[name], np.float64) for name in ("mean", "var", "clip_obs", "epsilon", "count")}
         for name, x in found.items():
             needed = tuple(observation_shape) if name in ("mean", "var") else ()
@@ -588,7 +595,7 @@ def check(args: Args) -> None:
     for name, (low, high) in RANGES.items():
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
-    if os.path.exists(args.out) or not os.access(Path(args.out).resolve().parent, os.W_OK):
+    if not Path(args.out).name or os.path.exists(args.out) or not os.access(Path(args.out).resolve().parent, os.W_OK):
         fail(f"cannot write {args.out}: it exists, or there is no folder for it")
 
 
@@ -608,7 +615,8 @@ def main(args: Args) -> dict[str, float]:
         fail(f"--vecnormalize is for tasks with states, not for {args.env_id}")
     stats = read_stats(args.vecnormalize, args.trust_pickle, shape) if args.vecnormalize else None
     if stats:
-        agent, stats = normalized(agent, stats)
+        with np.errstate(over="ignore"):
+            agent, stats = normalized(agent, stats)
 
     # Play
     about = {"env_id": args.env_id, "variant": {name: getattr(args, name) for name in VARIANTS.get(suite, ())}}
@@ -621,19 +629,23 @@ def main(args: Args) -> dict[str, float]:
         np.maximum(largest, np.abs(x).max(0), out=largest)
         return x
 
-    evaluation = assess(about, agent, suite, normalize, args.eval_episodes, args.seed)
-    if suite in ("mujoco", "states") and not stats:
-        agent, stats = unnormalized(agent, largest)
+    with np.errstate(all="ignore"):  # numbers that are too large are refused below
+        evaluation = assess(about, agent, suite, normalize, args.eval_episodes, args.seed)
+        if suite in ("mujoco", "states") and not stats:
+            agent, stats = unnormalized(agent, largest)
 
     # Write
+    arrays = {"policy": tree(agent.policy, agent.log_std), "value": tree(agent.value, None)}
+    arrays |= {"obs_stats": stats} if stats else {}
+    if not all(np.isfinite(x).all() for x in (evaluation["returns"], *jax.tree.leaves(arrays))):
+        fail(f"{args.agent} has numbers so large that what it computes is not finite")
     command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
     versions = {"python": sys.version.split()[0], "jax": jax.__version__, "flax": flax.__version__,
                 library: importlib.metadata.version(library), "device": jax.devices()[0].device_kind}
     about |= {"script": "import_teacher", "command": command, "args": vars(args), "versions": versions,
               "role": "teacher", "network": describe_network(agent), "action_dim": num_actions,
               "observation_shape": shape, "evaluation": evaluation}
-    save_file(Path(args.out), about, {"policy": tree(agent.policy, agent.log_std), "value": tree(agent.value, None)}
-              | ({"obs_stats": stats} if stats else {}))
+    save_file(Path(args.out), about, arrays)
     print(f"{args.out}: {args.env_id} teacher, {describe(evaluation)}")
     return {"mean": evaluation["mean"], "std": evaluation["std"]}
 

@@ -6,7 +6,9 @@ What needs torch and stable-baselines3 is skipped where they are not installed; 
 import importlib.util
 import io
 import json
+import os
 import pickle
+import sys
 import zipfile
 
 import flax.linen as nn
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import needs_procgen, small, small_gymnax
+from conftest import ROOT, needs_procgen, small, small_gymnax
 
 import evaluate
 import import_teacher
@@ -24,6 +26,9 @@ import ppd_gymnax
 import ppd_mujoco
 import ppd_procgen
 import student_distill
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import imported as imported_agents  # noqa: E402
 
 MISSING = [name for name in ("torch", "stable_baselines3") if importlib.util.find_spec(name) is None]
 needs_sb3 = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}: pip install -r requirements-sb3.txt")
@@ -35,39 +40,9 @@ if not MISSING:
     import torch
     from stable_baselines3 import A2C, DQN, PPO
     from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-    from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+    from stable_baselines3.common.vec_env import VecNormalize
 
     torch.set_num_threads(1)
-
-    class Images(VecEnv):
-        """envpool's environments of images, as stable-baselines3 wants them."""
-
-        def __init__(self, env_id):
-            self.envs = import_teacher.import_envpool().make_gymnasium(env_id, num_envs=2, seed=3)
-            super().__init__(2, self.envs.observation_space, self.envs.action_space)
-
-        def reset(self):
-            return self.envs.reset()[0]
-
-        def step_async(self, actions):
-            self.actions = actions.astype(np.int32)
-
-        def step_wait(self):
-            x, rewards, terminations, truncations, _ = self.envs.step(self.actions)
-            return x, rewards, terminations | truncations, [{"terminal_observation": row} for row in x]
-
-        def close(self):
-            self.envs.close()
-
-        def get_attr(self, name, indices=None):
-            return [None] * 2
-
-        def set_attr(self, name, value, indices=None): ...
-
-        def env_method(self, name, *args, indices=None, **options): ...
-
-        def env_is_wrapped(self, wrapper, indices=None):
-            return [False] * 2
 
     class Custom(BaseFeaturesExtractor):
         """A network that no reader can know."""
@@ -106,7 +81,7 @@ def imported(tmp_path_factory):
         if name not in known:
             env_id, algorithm, policy, options, steps, normalised = AGENTS[name]
             folder = tmp_path_factory.mktemp("agent")
-            envs = Images(env_id) if policy == "CnnPolicy" else DummyVecEnv([lambda: gymnasium.make(env_id)] * 2)
+            envs = imported_agents.make_envs({"policy": policy, "env_id": env_id}, 2, seed=3)
             envs = VecNormalize(envs, clip_obs=3.0, epsilon=1e-4) if normalised else envs
             rollout = {"n_steps": min(steps // 2, 512)} | ({"batch_size": 64} if algorithm == "PPO" else {})
             model = {"PPO": PPO, "A2C": A2C}[algorithm](policy, envs, policy_kwargs=options(), seed=1, device="cpu", **rollout)
@@ -293,8 +268,12 @@ def test_files_that_are_no_such_agent(imported, tmp_path, capsys):
     assert "value_net.weight" in rebuilt(policy=weights(lambda state: state.pop("value_net.weight")))
     assert "the task's are not" in rebuilt(policy=weights(lambda state: state.update({"log_std": torch.zeros(2)})))
     assert "gSDE" in rebuilt(data=data(use_sde=True))
-    assert "elu" in rebuilt(data=data(policy_kwargs={"activation_fn": "<class 'torch.nn.modules.activation.ELU'>"}))
-    assert "Custom" in rebuilt(data=data(policy_kwargs={"features_extractor_class": "<class 'there.Custom'>"}))
+    for module in ("torch.nn.modules.activation.ELU", "__main__.ReLU"):
+        assert module in rebuilt(data=data(policy_kwargs={"activation_fn": f"<class '{module}'>"}))
+    assert "MyNatureCNN" in rebuilt(data=data(policy_kwargs={"features_extractor_class": "<class 'there.MyNatureCNN'>"}))
+    assert "one of __main__" in rebuilt(data=data(policy_class={"__module__": "__main__"}))
+    assert "'policy_kwargs'" in rebuilt(data=lambda x: json.dumps({k: v for k, v in json.loads(x).items() if k != "policy_kwargs"}))
+    assert "not finite" in rebuilt(policy=weights(lambda state: [x.fill_(3e38) for x in state.values()]))
     for changed in (None, [], "text", {"policy_kwargs": 3}, {"policy_kwargs": {"activation_fn": {}}}):
         rebuilt(data=lambda x, changed=changed: json.dumps(changed))
 
@@ -313,7 +292,7 @@ def test_other_algorithms_and_networks_of_stable_baselines3(tmp_path, capsys):
 @needs_sb3
 def test_statistics(imported, tmp_path, capsys, monkeypatch):
     """A pickle is read where that is said, and gives the same file as its arrays; what is no statistics is refused."""
-    _, _, args, numbers = imported("normalized")
+    _, envs, args, _ = imported("normalized")
     pkl = args.vecnormalize.replace(".npz", ".pkl")
 
     def tell(path, **flags):
@@ -332,6 +311,15 @@ def test_statistics(imported, tmp_path, capsys, monkeypatch):
     np.savez(tmp_path / "objects.npz", mean=np.array([{}] * 11, object), var=np.ones(11))
     assert "allow_pickle" in tell(tmp_path / "objects.npz")
     np.savez(tmp_path / "half.npz", mean=np.zeros(11))
+    envs.norm_obs = False
+    envs.save(tmp_path / "plain.pkl")
+    envs.norm_obs = True
+    assert "leave out --vecnormalize" in tell(tmp_path / "plain.pkl", trust_pickle=True)
+    np.savez(tmp_path / "unclipped.npz", **dict(np.load(args.vecnormalize)) | {"clip_obs": np.inf})
+    free = str(tmp_path / "unclipped.safetensors")
+    import_teacher.main(import_teacher.Args(args.agent, "Hopper-v4", free, vecnormalize=str(tmp_path / "unclipped.npz"), eval_episodes=2))
+    assert evaluate.load_policy(free)
+    os.remove(free)
     assert "'var'" in tell(tmp_path / "half.npz") and "holds no statistics" in tell(args.agent, trust_pickle=True)
     out = str(tmp_path / "pickled.safetensors")
     import_teacher.main(import_teacher.Args(args.agent, "Hopper-v4", out, vecnormalize=pkl, trust_pickle=True, eval_episodes=2))
@@ -349,6 +337,9 @@ def test_torch_is_asked_for(tmp_path, capsys, monkeypatch):
 def test_flags(tmp_path, capsys):
     (tmp_path / "there").touch()
     assert "it exists" in refusal(capsys, "agent.zip", "CartPole-v1", out="there", folder=tmp_path)
+    with pytest.raises(SystemExit):
+        import_teacher.check(import_teacher.Args("agent.zip", "CartPole-v1", out=""))
+    assert "cannot write" in capsys.readouterr().err
     assert "no folder" in refusal(capsys, "agent.zip", "CartPole-v1", out="no/where", folder=tmp_path)
     assert "No such file" in refusal(capsys, "agent.zip", "CartPole-v1", folder=tmp_path)
     with pytest.raises(SystemExit):
