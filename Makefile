@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 
 FILM := runs/demo-pixels-$(shell date +%s)
 
-.PHONY: demo demo-pixels test lint benchmark clean
+.PHONY: demo demo-pixels test test-sb3 lint benchmark clean
 
 demo: $(VENV)/installed  ## distil the shipped Hopper teacher into a larger student, in minutes
 	$(RUN) ppd_mujoco.py --env-id Hopper-v4 --student-size larger --total-timesteps 300000
@@ -17,6 +17,10 @@ demo-pixels: $(VENV)/installed  ## distil the shipped coinrun teacher into a stu
 
 test: $(VENV)/installed-dev lint  ## lint, then every test
 	$(RUN) -m pytest -n 2 --dist worksteal
+
+test-sb3: $(VENV)/installed-dev  ## the tests with agents of PyTorch, which it installs
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-sb3.txt
+	$(RUN) -m pytest -n 2 tests/test_import_teacher.py tests/test_reference.py tests/test_readme.py
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
