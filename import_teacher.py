@@ -250,10 +250,14 @@ def policy_outputs(layers: Layers, observations: jax.Array, activation: str) -> 
     return x @ kernel + bias
 
 
-def scale_inputs(layers: Layers, scale: np.ndarray) -> Layers:
-    """Return the network that gives for x / scale what this one gives for x [..., D]; scale: [D] or a number."""
-    (kernel, bias), *others = layers.dense
-    return layers._replace(dense=[((kernel * np.reshape(scale, (-1, 1))).astype(np.float32), bias), *others])
+def scale_inputs(agent: Agent, scale: np.ndarray) -> Agent:
+    """Return the agent whose networks give for x / scale what they gave for x [..., D]; scale: [D] or a number."""
+
+    def scaled(layers):
+        (kernel, bias), *others = layers.dense
+        return layers._replace(dense=[((kernel * np.reshape(scale, (-1, 1))).astype(np.float32), bias), *others])
+
+    return agent._replace(policy=scaled(agent.policy), value=scaled(agent.value))
 
 
 # ======================================================================================================================
@@ -370,7 +374,7 @@ def read_sb3(path: str, observation_shape: list[int]) -> Agent:
     activation = known.get(torch_class)
     if not any(name.startswith("mlp_extractor.") for name in weights):
         activation = "relu"  # that of Nature-CNN; an MLP without hidden layers has none
-    if activation not in ("relu", "tanh") or activation == "tanh" and policy.convolutions:
+    if activation is None or activation == "tanh" and policy.convolutions:
         raise ValueError(f"hidden layers with {torch_class} are unknown here, as is tanh after convolutions")
     return Agent(policy, value, weights.get("log_std"), activation)
 
@@ -467,9 +471,8 @@ def normalized(agent: Agent, stats: dict[str, np.ndarray]) -> tuple[Agent, dict[
     """
     factor = stats["clip_obs"] / 10.0
     variance = np.maximum((stats["var"] + stats["epsilon"]) * factor**2 - 1e-8, 0.0)
-    agent = agent._replace(policy=scale_inputs(agent.policy, factor), value=scale_inputs(agent.value, factor))
     stats = {"mean": stats["mean"], "var": variance, "count": stats["count"]}
-    return agent, {name: x.astype(np.float32) for name, x in stats.items()}
+    return scale_inputs(agent, factor), {name: x.astype(np.float32) for name, x in stats.items()}
 
 
 def unnormalized(agent: Agent, largest: np.ndarray) -> tuple[Agent, dict[str, np.ndarray]]:
@@ -479,9 +482,8 @@ def unnormalized(agent: Agent, largest: np.ndarray) -> tuple[Agent, dict[str, np
     at four times what was seen at least; the first layers take the factors back.
     """
     scale = 2.0 ** np.ceil(np.log2(np.maximum(largest / 2.5, 1.0)))
-    agent = agent._replace(policy=scale_inputs(agent.policy, scale), value=scale_inputs(agent.value, scale))
     stats = {"mean": np.zeros_like(scale), "var": scale**2, "count": np.ones(())}
-    return agent, {name: x.astype(np.float32) for name, x in stats.items()}
+    return scale_inputs(agent, scale), {name: x.astype(np.float32) for name, x in stats.items()}
 
 
 def describe_network(agent: Agent) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from typing import Literal
 
 import gymnasium
 import numpy as np
-import safetensors
 import tyro
+from reference import read_model
 
 ROOT = Path(__file__).resolve().parents[1]
 UNSEEN = {"start_level": 200, "num_levels": 2**31 - 1 - 200}
@@ -129,9 +129,9 @@ def main(args: Args) -> dict:
     torch.set_num_threads(args.threads)
     agent, folder = AGENTS[args.agent], Path(tempfile.mkdtemp())
     envs = make_envs(agent, agent["num_envs"], args.seed, start_level=0, num_levels=200)
-    flags, normalize = {}, np.asarray
+    flags, normalize = [], np.asarray
     if args.agent == "hopper":
-        envs, flags = VecNormalize(envs), {"vecnormalize": str(folder / "stats.npz")}
+        envs, flags = VecNormalize(envs), ["--vecnormalize", "stats.npz"]
         normalize = envs.normalize_obs
     model, began = PPO(agent["policy"], envs, seed=args.seed, device="cpu", **agent["flags"]), time.perf_counter()
     model.learn(agent["steps"])
@@ -143,11 +143,9 @@ def main(args: Args) -> dict:
     theirs = play(agent, model, normalize)
     envs.close()
 
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    script("import_teacher.py", "agent.zip", "--env-id", agent["env_id"], *words, folder=folder)
+    script("import_teacher.py", "agent.zip", "--env-id", agent["env_id"], *flags, folder=folder)
     script(*agent["student"].split(), "--teacher", "teacher.safetensors", "--run-dir", "run", folder=folder)
-    with safetensors.safe_open(folder / "teacher.safetensors", "numpy") as file:
-        teacher = json.loads(file.metadata()["about"])["evaluation"]
+    teacher = read_model(folder / "teacher.safetensors")[0]["evaluation"]
     found = json.loads((folder / "run/results.json").read_text())
     student = np.ravel(found.get("results", found)["student"]["returns"]).tolist()  # of ppd_gymnax.py a list a seed
     result = {
