@@ -20,7 +20,7 @@ test: $(VENV)/installed-dev lint  ## lint, then every test
 
 test-sb3: $(VENV)/installed-dev  ## the tests with agents of PyTorch, which it installs
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-sb3.txt
-	$(RUN) -m pytest -n 2 tests/test_import_teacher.py tests/test_reference.py tests/test_readme.py -k "import_teacher or reference or pytorch"
+	$(RUN) -m pytest -n 2 -m sb3 tests/test_import_teacher.py tests/test_reference.py tests/test_readme.py
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

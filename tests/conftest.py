@@ -1,6 +1,7 @@
 """Makes the scripts importable, keeps the tests on the CPU, where they are exact, and compiles each program only once."""
 
 import csv
+import importlib.util
 import os
 import signal
 import sys
@@ -31,7 +32,15 @@ try:
 except ImportError:
     HAS_PROCGEN = False
 
+LACKS = [name for name in ("torch", "stable_baselines3") if importlib.util.find_spec(name) is None]
 needs_procgen = pytest.mark.skipif(not HAS_PROCGEN, reason="Procgen needs Qt: apt-get install libqt5gui5")
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what is marked with sb3 where it is not installed."""
+    for item in items if LACKS else ():
+        if item.get_closest_marker("sb3"):
+            item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(LACKS)}: pip install -r requirements-sb3.txt"))
 
 
 def on(m, *tasks):

@@ -3,7 +3,6 @@
 What needs torch and stable-baselines3 is skipped where they are not installed; .ci/run installs them.
 """
 
-import importlib.util
 import io
 import json
 import os
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, needs_procgen, small, small_gymnax
+from conftest import LACKS, ROOT, needs_procgen, small, small_gymnax
 
 import evaluate
 import import_teacher
@@ -30,12 +29,10 @@ import student_distill
 sys.path.insert(0, str(ROOT / "benchmark"))
 import imported as imported_agents  # noqa: E402
 
-MISSING = [name for name in ("torch", "stable_baselines3") if importlib.util.find_spec(name) is None]
-needs_sb3 = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}: pip install -r requirements-sb3.txt")
 pytestmark = [pytest.mark.filterwarnings("ignore:.*is out of date:DeprecationWarning"),  # Hopper-v4: the paper's
               pytest.mark.filterwarnings("ignore:You are trying to run PPO on the GPU")]
 
-if not MISSING:
+if not LACKS:
     import gymnasium
     import torch
     from stable_baselines3 import A2C, DQN, PPO
@@ -69,7 +66,7 @@ AGENTS = {
     "apart": ("CoinrunEasy-v0", "A2C", "CnnPolicy", lambda: arch("ReLU", net_arch=[16], share_features_extractor=False,
                                                                  features_extractor_kwargs={"features_dim": 32}), 64, False),
 }
-EVERY = [pytest.param(name, marks=[needs_sb3, *([needs_procgen] if name == "apart" else [])]) for name in AGENTS]
+EVERY = [pytest.param(name, marks=[pytest.mark.sb3, *([needs_procgen] if name == "apart" else [])]) for name in AGENTS]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +149,7 @@ def test_evaluate_measures_what_the_import_did(name, imported, capsys):
     assert found["mean"] == pytest.approx(numbers["mean"], rel=2e-2), capsys.readouterr()
 
 
-@needs_sb3
+@pytest.mark.sb3
 @pytest.mark.parametrize("name", ["tanh", "normalized", "raw"])
 def test_returns_are_those_in_gymnasium(name, imported):
     """Within four standard errors, of 40 episodes in another simulator."""
@@ -190,7 +187,7 @@ def test_students_learn_from_it(name, imported, tmp_path):
         assert set(found) >= {"student", "teacher"} and (tmp_path / each.__name__ / "student.safetensors").exists()
 
 
-@needs_sb3
+@pytest.mark.sb3
 def test_a_clip_of_what_was_seen_leaves_room(imported):
     """Unnormalised states are divided by powers of two, which changes no bit, and are clipped far beyond those it met."""
     model, envs, args, _ = imported("raw")
@@ -222,7 +219,7 @@ class Harm:
         return (open, (str(Harm.path), "w"))
 
 
-@needs_sb3
+@pytest.mark.sb3
 def test_files_that_are_no_such_agent(imported, tmp_path, capsys):
     _, _, args, _ = imported("tanh")
     whole = open(args.agent, "rb").read()
@@ -278,7 +275,7 @@ def test_files_that_are_no_such_agent(imported, tmp_path, capsys):
         rebuilt(data=lambda x, changed=changed: json.dumps(changed))
 
 
-@needs_sb3
+@pytest.mark.sb3
 def test_other_algorithms_and_networks_of_stable_baselines3(tmp_path, capsys):
     space = gymnasium.make("CartPole-v1")
     DQN("MlpPolicy", space, device="cpu").save(tmp_path / "dqn.zip")
@@ -289,7 +286,7 @@ def test_other_algorithms_and_networks_of_stable_baselines3(tmp_path, capsys):
     assert "gSDE" in refusal(capsys, tmp_path / "sde.zip", "Pendulum-v1", folder=tmp_path)
 
 
-@needs_sb3
+@pytest.mark.sb3
 def test_statistics(imported, tmp_path, capsys, monkeypatch):
     """A pickle is read where that is said, and gives the same file as its arrays; what is no statistics is refused."""
     _, envs, args, _ = imported("normalized")

@@ -221,9 +221,9 @@ def test_the_code_in_the_page_of_teachers_acts_as_the_scripts_do(monkeypatch):
     assert found["about"] == teacher.about
 
 
+@pytest.mark.sb3
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "CoinrunEasy-v0"])
 def test_the_code_for_pytorch_in_the_page_of_teachers_acts_as_the_scripts_do(env_id, monkeypatch):
-    pytest.importorskip("torch", reason="needs torch: pip install -r requirements-sb3.txt")
     monkeypatch.chdir(ROOT)
     first, *_, last = re.findall(r"```python\n(.*?)```", PAGES[ROOT / "docs/teachers.md"], re.DOTALL)
     found = {}

@@ -1,6 +1,5 @@
 """The reference's PPD from our teachers: the moved teacher is the same policy, and the file says what was run."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,8 +13,6 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import reference  # noqa: E402
 
 TASKS = ["Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Humanoid-v4", "Swimmer-v4"]
-missing = [name for name in ("torch", "stable_baselines3") if importlib.util.find_spec(name) is None]
-needs_torch = pytest.mark.skipif(bool(missing), reason=f"the reference needs {' and '.join(missing)}")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is out of date:DeprecationWarning")  # v4: the paper's
 
 
@@ -74,7 +71,7 @@ def test_discounts_are_the_papers():
     assert [reference.gamma_of(task) for task in TASKS] == [0.999, 0.999, 0.995, 0.999, 0.995]
 
 
-@needs_torch
+@pytest.mark.sb3
 @pytest.mark.parametrize("task", TASKS)
 def test_the_moved_teacher_acts_as_ours(task):
     about, arrays = reference.read_model(ROOT / f"teachers/{task}__100.safetensors")
@@ -87,7 +84,7 @@ def test_the_moved_teacher_acts_as_ours(task):
     assert (envs.obs_rms.mean == before).all() and envs.ret_rms.count > 18  # rewards alone are learned about
 
 
-@needs_torch
+@pytest.mark.sb3
 def test_a_teacher_that_was_moved_wrongly_is_refused(monkeypatch):
     about, arrays = reference.read_model(ROOT / "teachers/Hopper-v4__100.safetensors")
     right = reference.sb3_arrays(arrays)
@@ -96,7 +93,7 @@ def test_a_teacher_that_was_moved_wrongly_is_refused(monkeypatch):
         reference.make_teacher(about, arrays, reference.make_envs("Hopper-v4", arrays))
 
 
-@needs_torch
+@pytest.mark.sb3
 def test_the_program_runs_and_writes_its_file(tmp_path):
     """PPO stands in for PPD, as sb3_distill is no package: what is tested is all around it."""
     (tmp_path / "sb3_distill.py").write_text(
