@@ -8,11 +8,12 @@ of shuffled minibatches
     maximises  E[ min(r A, clip(r, 1-ε, 1+ε) A) + α entropy - Σ_k λ_k KL(teacher_k || student) max(r, 1-ε) ]
     minimises  E[ (V(s) - R)² + (F(s) - G)² ]                with r = π(a|s) / π_old(a|s), not detached.
 
-A has a second part: G are the returns of rewards -β Σ_k λ_k KL(teacher_k || student) in the state that an action leads
-to, with values F of their own (Czarnecki et al. 2019; Tang and Munos 2025). λ_k may fall as max(0, 1 - return of the
-student / return of teacher k) (Agarwal et al. 2022), and the means of a teacher's actions may be clipped to their
-bounds. All of it is off by default: then this learns what the script of the suite learns, to the bit. What makes PPD
-out of PPO is marked `# PPD`, and what goes beyond it `# Beyond`. docs/beyond.md says more.
+With β > 0, A also has the advantages of a second reward: -β Σ_k λ_k KL(teacher_k || student) in the state that an
+action leads to. A value network F of its own learns the returns G of that reward (Czarnecki et al. 2019; Tang and Munos
+2025). λ_k may fall as max(0, 1 - return of the student / return of teacher k) (Agarwal et al. 2022), and the means of a
+teacher's actions may be clipped to their bounds. All of it is off by default: then this learns what the script of the
+suite learns, to the bit. What makes PPD out of PPO is marked `# PPD`, and what goes beyond it `# Beyond`.
+docs/beyond.md says more.
 """
 
 # /// script
@@ -520,7 +521,7 @@ class Batch(NamedTuple):
 
 
 def numbered(name: str, values: Iterable) -> dict[str, Any]:
-    """Name what there is one of for each teacher: name, name_2, name_3."""
+    """Name values, one a teacher: name, name_2, name_3."""
     return {name + f"_{k}" * (k > 1): value for k, value in enumerate(values, 1)}
 
 
@@ -642,7 +643,7 @@ def init_state(args: Args, networks: Networks, observation_shape: tuple[int, ...
 
 @partial(jax.jit, static_argnames=("num_steps", "shape", "states"))
 def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int], states: bool) -> tuple[jax.Array, jax.Array]:
-    """Draw noise [T, N, A] for a rollout, normal for states, Gumbel for images; returns the key to go on with, and it.
+    """Draw noise [T, N, A] for a rollout, normal for states, Gumbel for images; returns the next key, and the noise.
 
     One call draws all of it, because drawn step by step it costs as much as the network.
     """
@@ -790,7 +791,7 @@ def update(
         if args.distill_future_coef:  # Beyond
             errors = networks.value.apply(params["future"], samples.observations) - samples.future
             metrics["future_loss"] = weighted_mean(errors**2, samples.weights)
-            loss += args.vf_coef * metrics["future_loss"]
+            metrics["loss"] = loss = loss + args.vf_coef * metrics["future_loss"]
         return loss, metrics
 
     def train_minibatch(carry, indices):
@@ -1200,6 +1201,9 @@ def resolve(args: Args) -> Args:
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
     if suite == "mujoco" and args.student_channels is not None:
         fail(f"--student-channels is for networks of images; {args.env_id} has states")
+    for name in (name for other, names in VARIANTS.items() if other != suite for name in names):
+        if getattr(args, name, None) != getattr(Args(), name, None):
+            fail(f"--{name.replace('_', '-')} is not for {args.env_id}")
     if suite != "mujoco" and args.teacher_mean_clip:
         fail(f"--teacher-mean-clip is for continuous actions; those of {args.env_id} are not")
     several = max(1, len(args.teacher))

@@ -11,10 +11,11 @@ rollout with the student, estimates advantages A, and over epochs of shuffled mi
 
 PPO is the case without a teacher, so one `train` serves teacher and student. What makes PPD out of PPO is marked
 `# PPD`. --method runs the paper's baselines instead: in student-distill the student acts, in teacher-distill its
-teacher, and the student regresses. A seed learns the same whether it runs alone or among others. Source: Spigler,
-"Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), Algorithms 1 to 3; networks and budgets are ours, small
-enough for a laptop. Tasks, by gymnax's names: CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, Reacher-misc,
-MountainCarContinuous-v0, and MinAtar's Asterix-, Breakout-, Freeway-, Seaquest- and SpaceInvaders-MinAtar.
+teacher, and the student regresses. A seed learns the same whether it runs alone or among others, unless its teacher is
+noisy: seeds of that noise are counted from --teacher-noise-seed on. Source: Spigler, "Proximal Policy Distillation",
+TMLR 2025 (arXiv 2407.15134), Algorithms 1 to 3; networks and budgets are ours, small enough for a laptop. Tasks, by
+gymnax's names: CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, Reacher-misc, MountainCarContinuous-v0, and
+MinAtar's Asterix-, Breakout-, Freeway-, Seaquest- and SpaceInvaders-MinAtar.
 """
 
 # /// script
@@ -114,20 +115,20 @@ class Args:
     # Teacher
     teacher: str | None = None  # file for all seeds, or folder with teacher_{seed}.safetensors; by default trained here
     teacher_timesteps: int | None = None  # environment steps of each teacher, where it is trained here
-    teacher_num_envs: int | None = None  # environments while the teacher is trained; by default --num-envs
+    teacher_num_envs: int | None = None  # environments while the teacher is trained; by default as many as PPD's
     teacher_num_steps: int = 128  # steps of each environment in a rollout while the teacher is trained
     teacher_ent_coef: float | None = None  # weight of its entropy bonus: 0.01, but 0.05 for Acrobot and MountainCar
     teacher_noise_std: float = 0.0  # standard deviation of noise on the teacher's parameters (σ; the paper's: 0.05)
     teacher_noise_seed: int = 0  # seed of that noise for the first seed, and so on
 
     # Student
-    method: Literal["ppd", "student-distill", "teacher-distill", "ppo"] = "ppd"  # ppo: teachers, and no student
+    method: Literal["ppd", "student-distill", "teacher-distill", "ppo"] = "ppd"  # ppo: teachers, by their own flags
     student_size: Literal["smaller", "same", "larger"] = "larger"  # about 0.25, 1 or 4 times its teacher's parameters
     student_hidden: tuple[int, ...] | None = None  # widths of the student's hidden layers; overrides --student-size
     distill_coef: tuple[float, ...] = (1.0,)  # weights of the distillation term (λ), each a student; 0 is PPO
     distill_coef_final: float | None = None  # λ at the end of the run, reached linearly; by default constant
     distill_coef_decay: Literal["none", "return"] = "none"  # return: λ falls to 0 as the return rises to the teacher's
-    pbt_interval: int | None = None  # parts after which each seed's worst λ goes on from its best, with a λ near that
+    pbt_interval: int | None = None  # every so many parts a seed's worst student copies its best, with a λ near its λ
     distill_weight: Literal["ratio", "detached"] = "ratio"  # max(r, 1-ε) with its gradient, the paper's, or without
     distill_future_coef: float = 0.0  # weight of a reward of -λ KL in the next state (β); 0 is the paper's
     teacher_mean_clip: bool = False  # clip the teacher's mean actions to their bounds in the KL divergence
@@ -135,7 +136,7 @@ class Args:
 
     # PPO (the baselines have no epochs, advantages or ratios)
     learning_rate: float | None = None  # step size of Adam, constant
-    num_envs: int | None = None  # environments stepped in parallel (N); the baselines take fewer, for equal updates
+    num_envs: int | None = None  # environments stepped in parallel (N): 64 on MinAtar, else 16; of the baselines 16
     num_steps: int | None = None  # steps of a student's rollout (T): 32 on MinAtar, else 64; of the baselines 5
     num_minibatches: int = 8  # minibatches of an epoch, a divisor of N*T
     update_epochs: int = 4  # passes over each rollout
@@ -190,8 +191,9 @@ class Args:
 # Defaults of MinAtar and of other tasks; found by trying a few values, not the paper's
 MINATAR = {"learning_rate": 2.5e-3, "num_envs": 64, "num_steps": 32, "teacher_timesteps": 400_000}
 STATES = {"learning_rate": 1e-3, "num_envs": 16, "num_steps": 64, "teacher_timesteps": 500_000}
-BASELINES = {"num_envs": 16, "num_steps": 5}  # a gradient step for 80 samples; PPD takes one for 64, the paper for 90
+BASELINES = {"num_envs": 16, "num_steps": 5}  # a step for 80 samples; PPD: 64 on MinAtar, else 32; the paper's: 90
 SPARSE = ("Acrobot-v1", "MountainCar-v0")  # rewards stay the same until chance has reached the goal
+NEGATIVE = (*SPARSE, "Pendulum-v1")  # no reward is positive
 
 
 # ======================================================================================================================
@@ -536,7 +538,7 @@ class Networks(NamedTuple):
 class TrainState(NamedTuple):
     """All that learning changes, of one run or, with a leading axis [R], of several."""
 
-    params: dict  # {"policy": ..., "value": ...}
+    params: dict  # {"policy": ..., "value": ...}, and "future" with --distill-future-coef
     opt_state: optax.OptState
     obs_stats: Stats | None  # of the states; a student's are its teacher's, and stay as they are
     return_stats: Stats  # of the discounted returns, scalars
@@ -544,7 +546,7 @@ class TrainState(NamedTuple):
     world: World
     key: jax.Array
     distill_coef: jax.Array  # λ of this run
-    recent: jax.Array  # mean return of the episodes of the last part that had any
+    recent: jax.Array  # mean return of the episodes of the last part that had any; below all returns before that
 
 
 def make_networks(env_id: str, network: Network, teacher: Network | None = None) -> Networks:
@@ -576,7 +578,7 @@ def init_state(args: Args, networks: Networks, seed: int) -> TrainState:
     return_stats = Stats(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-4))
     world = jax.jit(reset, static_argnums=(0, 1))(args.env_id, args.num_envs, reset_key)
     return TrainState(params, make_optimizer(args).init(params), obs_stats, return_stats, jnp.zeros(args.num_envs),
-                      world, key, distill_coef=jnp.float32(0.0), recent=jnp.float32(0.0))
+                      world, key, distill_coef=jnp.float32(0.0), recent=jnp.float32(-1e9))
 
 
 def stack(trees: list) -> Any:
@@ -594,7 +596,7 @@ def pick(tree: Any, which: Any) -> Any:
 
 
 def model(state: TrainState) -> dict:
-    """Return what a model file holds: {"policy": ..., "value": ..., "obs_stats": ...}."""
+    """Return what a model file holds: the parameters, and "obs_stats"."""
     return state.params | {"obs_stats": state.obs_stats}
 
 
@@ -684,7 +686,7 @@ def learn_ppd(
             if args.distill_future_coef:  # PPD
                 errors = networks.value.apply(params["future"], minibatch.observations) - minibatch.future
                 metrics["future_loss"] = (errors**2).mean()
-                loss += args.vf_coef * metrics["future_loss"]
+                metrics["loss"] = loss = loss + args.vf_coef * metrics["future_loss"]
             return loss, metrics
 
         return gradient_step(args, loss_fn, *carry)
@@ -743,7 +745,7 @@ def update(
 
 
 def over_devices(num_runs: int) -> jax.sharding.NamedSharding:
-    """Return how runs lie on the devices, as many on each: GPUs, or cores of a CPU, which share a single run badly."""
+    """Return how runs are divided over the devices, GPUs or cores of a CPU: as many on each, no run on several."""
     size = max(n for n in range(1, len(jax.devices()) + 1) if num_runs % n == 0)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:size]), "runs")
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("runs"))
@@ -1273,6 +1275,8 @@ def resolve(args: Args) -> Args:
         fail(f"--{own[0].replace('_', '-')} is of PPD's term; {args.method} has none")
     if args.distill_coef_final is not None and args.distill_coef_decay != "none":
         fail("--distill-coef-final and --distill-coef-decay exclude each other")
+    if args.distill_coef_decay == "return" and args.env_id in NEGATIVE:
+        fail(f"--distill-coef-decay return needs teachers of positive return; those of {args.env_id} have none")
     if args.pbt_interval and len(args.distill_coef) < 2:
         fail("--pbt-interval needs a population: two numbers or more for --distill-coef")
     if args.teacher_mean_clip and not env.action_space(params).shape:
@@ -1342,16 +1346,17 @@ def fit(args: Args, networks: Networks, teacher: dict | None, start: tuple | Non
     phase, updates = "teacher" if teacher is None else "student", args.updates_per_part
     runs = [(seed, distill_coef) for distill_coef in args.distill_coef for seed in args.seeds]
     first, state = jax.device_get(start or (0, init_runs(args, networks, teacher)))
-    if run.logged["rows"] == 0:
-        run.save(phase, 0, networks, state, teacher)
-
     seed_of, taught, goals = np.arange(len(runs)) % args.num_seeds, None, np.float32(1.0)
     if teacher is not None:
         taught = spread(pick(jax.device_get(imperfect(args, teacher)), seed_of))
     if args.distill_coef_decay == "return":
-        goals = np.float32(assess(args, networks.teacher, teacher)["means"])[seed_of]
+        fixed = dataclasses.replace(args, eval_episodes=Args.eval_episodes)  # --eval-episodes is of the end alone
+        goals = np.float32(assess(fixed, networks.teacher, teacher)["means"])[seed_of]
         if goals.min() <= 0:
             fail(f"--distill-coef-decay return needs teachers of positive return; one of these has {goals.min():g}")
+    if run.logged["rows"] == 0:
+        run.save(phase, 0, networks, state, teacher)
+
     bar = trange(first + 1, args.parts + 1, initial=first, total=args.parts, desc=f"{args.env_id} {phase}", unit="part",
                  mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with bar:
@@ -1369,7 +1374,8 @@ def fit(args: Args, networks: Networks, teacher: dict | None, start: tuple | Non
                 state = exploit(args, state, part)
 
             # Log
-            metrics["charts/distill_coef"] = jnp.mean(coefs, axis=1)
+            if args.method == "ppd":
+                metrics["charts/distill_coef"] = np.mean(coefs, axis=1)
             run.log(phase, part * updates * args.batch_size, runs, metrics)
             speed = run.logged[f"{phase}_SPS"]
             bar.set_postfix_str(f"return {returns.mean():.1f}, {speed:,.0f} steps/s", refresh=False)

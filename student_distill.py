@@ -528,7 +528,7 @@ def init_state(args: Args, networks: Networks, observation_shape: tuple[int, ...
 
 @partial(jax.jit, static_argnames=("num_steps", "shape", "states"))
 def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int], states: bool) -> tuple[jax.Array, jax.Array]:
-    """Draw noise [T, N, A] for a rollout, normal for states, Gumbel for images; returns the key to go on with, and it.
+    """Draw noise [T, N, A] for a rollout, normal for states, Gumbel for images; returns the next key, and the noise.
 
     One call draws all of it, because drawn step by step it costs as much as the network.
     """
@@ -1004,6 +1004,9 @@ def resolve(args: Args) -> Args:
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
     if suite == "mujoco" and args.student_channels is not None:
         fail(f"--student-channels is for networks of images; {args.env_id} has states")
+    for name in (name for other, names in VARIANTS.items() if other != suite for name in names):
+        if getattr(args, name, None) != getattr(Args(), name, None):
+            fail(f"--{name.replace('_', '-')} is not for {args.env_id}")
     found = len(jax.devices())
     if args.num_devices is None:
         most = 1 if suite == "mujoco" and jax.default_backend() == "cpu" else found

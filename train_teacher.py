@@ -579,7 +579,7 @@ def init_state(args: Args, networks: Networks, observation_shape: tuple[int, ...
 
 @partial(jax.jit, static_argnames=("num_steps", "shape", "states"))
 def draw_noise(key: jax.Array, num_steps: int, shape: tuple[int, int], states: bool) -> tuple[jax.Array, jax.Array]:
-    """Draw noise [T, N, A] for a rollout, normal for states, Gumbel for images; returns the key to go on with, and it.
+    """Draw noise [T, N, A] for a rollout, normal for states, Gumbel for images; returns the next key, and the noise.
 
     One call draws all of it, because drawn step by step it costs as much as the network.
     """
@@ -1043,6 +1043,9 @@ def resolve(args: Args) -> Args:
         fail(f"--channels is for networks of images; {args.env_id} has states")
     if not args.contact_forces and not args.env_id.startswith("Humanoid"):
         fail(f"--no-contact-forces is for Humanoid, not for {args.env_id}")
+    for name in (name for other, names in VARIANTS.items() if other != suite for name in names):
+        if getattr(args, name, None) != getattr(Args(), name, None):
+            fail(f"--{name.replace('_', '-')} is not for {args.env_id}")
     if args.num_minibatches is None:
         divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
         args = dataclasses.replace(args, num_minibatches=next(divisors, 1))

@@ -76,8 +76,8 @@ MINIATURE = {
                                        "--total-timesteps", "40000", "--eval-episodes", "20")),
 }
 
-EXPERIMENTS = ("teachers", "methods", "imperfect", "lambda", "beyond", "adaptive", "cpu-teachers", "cpu-methods",
-               "cpu-imperfect")
+PAPER = ("teachers", "methods", "imperfect", "lambda")
+EXPERIMENTS = (*PAPER, "beyond", "adaptive", "cpu-teachers", "cpu-methods", "cpu-imperfect")
 
 
 class Run(NamedTuple):
@@ -146,12 +146,12 @@ def experiments(suite: str) -> Iterator[Run]:
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """All flags of this program; a filter that is not given lets everything pass."""
+    """All flags of this program; any other filter that is not given lets everything pass."""
 
     experiment: tuple[
         Literal["teachers", "methods", "imperfect", "lambda", "beyond", "adaptive", "cpu-teachers", "cpu-methods",
-                "cpu-imperfect"], ...] = ()
-    """filter: teachers; every method and size; corrupted teachers; several λ; PPD with a changed distillation term;
+                "cpu-imperfect"], ...] = PAPER
+    """filter, by default the paper's: teachers; every method and size; corrupted teachers; several λ; PPD with a changed distillation term;
     λ that adapts, from corrupted teachers; with cpu-, images at a scale that a CPU can train"""
     suite: tuple[Literal["atari", "mujoco", "procgen", "gymnax"], ...] = ()
     """filter"""

@@ -87,6 +87,11 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
         "teachers/Hopper-v4__100.safetensors"}
 
 
+def test_without_a_filter_it_is_the_papers_grid_and_the_study_like_it():
+    found = [[run.suite for run in grid.chosen(grid.Args(miniature=small))] for small in (False, True)]
+    assert [(len(suites), suites.count("gymnax")) for suites in found] == [(1130 + 56, 56), (24, 14)]
+
+
 def test_filters_choose_runs_and_the_teachers_they_lack(capsys):
     chosen = grid.chosen(grid.Args(suite=("gymnax",), experiment=("methods",), method=("ppd",), size=("same",), task=("Breakout-MinAtar",)))
     assert [(run.experiment, run.method) for run in chosen] == [("teachers", "ppo"), ("methods", "ppd")]

@@ -242,6 +242,13 @@ def test_the_divergence_ahead_of_images():
     assert max(jax.tree.leaves(differences)) > 1e-5
 
 
+def test_the_loss_in_the_log_has_all_terms():
+    _, metrics = Learner(False, distill_future_coef=0.5, vf_coef=0.25, ent_coef=0.125).learn(made_up_rollout(ppd_beyond, False), 2.0)
+    found = {name.removeprefix("losses/"): float(value) for name, value in metrics.items()}
+    expected = found["policy_loss"] - 0.125 * found["entropy"] + 2.0 * found["distill_loss"] + 0.25 * (found["value_loss"] + found["future_loss"])
+    assert found["loss"] == pytest.approx(expected, rel=1e-5) and found["future_loss"] > 1e-3
+
+
 @pytest.mark.parametrize("images", [False, True])
 def test_an_update_sees_no_phantom_in_the_divergence_ahead(images):
     """Nor the final observation of a terminated episode; that of a truncated one it does see."""
@@ -437,6 +444,7 @@ BAD = [
     ("--teacher {t} --distill-coef-final 0 --distill-coef-decay return", "--distill-coef-final and --distill-coef-decay exclude each other"),
     ("--teacher {t} {x}/losing --distill-coef-decay return", "needs a teacher of positive return; that of {x}/losing is -3.0"),
     ("--teacher {a} --env-id Qbert-v5 --distill-coef-decay return", "needs teachers of Qbert-v5; {a} is of Pong-v5"),
+    ("--teacher {t} --frame-skip 4", "--frame-skip is not for Hopper-v4"),
     ("--teacher {a} --teacher-mean-clip", "--teacher-mean-clip is for continuous actions; those of Pong-v5 are not"),
     ("--teacher {a} --frame-skip 0", "--frame-skip must lie between 1 and"),
     ("--teacher {t} --student-channels 8 8 8", "--student-channels is for networks of images; Hopper-v4 has states"),

@@ -255,7 +255,7 @@ def test_lambda_falls_with_the_return(tmp_path):
     args = m.Args(distill_coef_decay="return")
     found = m.distill_coef_at(args, jnp.array([[2.0], [2.0], [4.0]]), np.array([0.0, 0.5]), jnp.array([[-1.0], [0.25], [2.0]]))
     np.testing.assert_allclose(found, [[2.0, 2.0], [1.5, 1.5], [0.0, 0.0]])
-    m.main(small(tmp_path / "run", distill_coef_decay="return", num_parts=3, total_timesteps=30 * 64, eval_episodes=50))
+    m.main(small(tmp_path / "run", distill_coef_decay="return", num_parts=3, total_timesteps=30 * 64, eval_episodes=100))
     goals = [each["mean"] for each in (m.read_file(tmp_path / f"run/teacher_{seed}.safetensors")[0]["evaluation"] for seed in (100, 101))]
     learned = [row for row in rows(tmp_path / "run") if row["phase"] == "student"]
     for i, goal in enumerate(goals):
@@ -285,6 +285,17 @@ def test_the_worst_of_a_population_goes_on_from_the_best():
     np.testing.assert_array_equal(after.distill_coef[1:], before.distill_coef[1:])
     factors = {float(m.exploit(args, before, part).distill_coef[0]) for part in range(8)}
     assert factors == {float(np.float32(0.8)), float(np.float32(1.25))}
+
+
+def test_who_has_ended_no_episode_is_the_worst_of_a_population():
+    """Also where all returns are negative."""
+    args = m.resolve(m.Args(env_id="Acrobot-v1", num_seeds=1, distill_coef=(0.5, 2.0), pbt_interval=1, num_envs=2, student_hidden=(4,)))
+    networks = m.make_networks(args.env_id, args.network)
+    begun = m.init_state(args, networks, 0)
+    states = jax.device_get(m.stack([begun._replace(distill_coef=jnp.float32(0.5)),
+                                     begun._replace(distill_coef=jnp.float32(2.0), recent=jnp.float32(-500.0))]))
+    found = m.exploit(args, states, 1).distill_coef
+    assert found[1] == 2.0 and found[0] in (np.float32(1.6), np.float32(2.5))
 
 
 def test_a_population_has_one_student_of_each_seed(tmp_path):
