@@ -151,8 +151,8 @@ class Args:
     experiment: tuple[
         Literal["teachers", "methods", "imperfect", "lambda", "beyond", "adaptive", "cpu-teachers", "cpu-methods",
                 "cpu-imperfect"], ...] = PAPER
-    """filter, by default the paper's: teachers; every method and size; corrupted teachers; several λ; PPD with a changed distillation term;
-    λ that adapts, from corrupted teachers; with cpu-, images at a scale that a CPU can train"""
+    """filter, by default the paper's: teachers; every method and size; corrupted teachers; several λ; not the paper's:
+    PPD with a changed distillation term; λ that adapts; with cpu-, images at a scale that a CPU can train"""
     suite: tuple[Literal["atari", "mujoco", "procgen", "gymnax"], ...] = ()
     """filter"""
     task: tuple[str, ...] = ()
