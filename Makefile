@@ -16,7 +16,7 @@ demo-pixels: $(VENV)/installed  ## distil the shipped coinrun teacher into a stu
 	$(RUN) evaluate.py $(FILM)/student.safetensors --episodes 20 --video $(FILM)/coinrun.gif
 
 test: $(VENV)/installed-dev lint  ## lint, then every test
-	$(RUN) -m pytest -n 3 --dist worksteal
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 test-sb3: $(VENV)/installed-dev  ## the tests with agents of PyTorch, which it installs
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-sb3.txt

@@ -369,7 +369,7 @@ def test_no_seed_reaches_2_to_the_31(m, env_id, tmp_path, monkeypatch):
     monkeypatch.setattr(m.import_envpool(), "make_gymnasium", make)
     variant = {"contact_forces": True, "frame_skip": 4, "repeat_action_probability": 0.0, "start_level": 0, "num_levels": 200}
     if m is not train_teacher:
-        variant = {name: variant[name] for name in getattr(m, "VARIANT", variant)}
+        variant = {name: variant[name] for name in getattr(m, "VARIANT", ("contact_forces",))}
         teacher = SimpleNamespace(about={"env_id": env_id, "variant": variant}, policy=None, params={"policy": {}})
         monkeypatch.setattr(m, "load_teacher", lambda *args: teacher)
         monkeypatch.setattr(m, "corrupt", lambda params, *args: params)
