@@ -1004,8 +1004,8 @@ def resolve(args: Args) -> Args:
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
     if suite == "mujoco" and args.student_channels is not None:
         fail(f"--student-channels is for networks of images; {args.env_id} has states")
-    for name in (name for other, names in VARIANTS.items() if other != suite for name in names):
-        if getattr(args, name, None) != getattr(Args(), name, None):
+    for name in sum(VARIANTS.values(), ()):
+        if name not in VARIANTS[suite] and getattr(args, name, None) != getattr(Args, name, None):
             fail(f"--{name.replace('_', '-')} is not for {args.env_id}")
     found = len(jax.devices())
     if args.num_devices is None:

@@ -1043,8 +1043,8 @@ def resolve(args: Args) -> Args:
         fail(f"--channels is for networks of images; {args.env_id} has states")
     if not args.contact_forces and not args.env_id.startswith("Humanoid"):
         fail(f"--no-contact-forces is for Humanoid, not for {args.env_id}")
-    for name in (name for other, names in VARIANTS.items() if other != suite for name in names):
-        if getattr(args, name, None) != getattr(Args(), name, None):
+    for name in sum(VARIANTS.values(), ()):
+        if name not in VARIANTS[suite] and getattr(args, name, None) != getattr(Args, name, None):
             fail(f"--{name.replace('_', '-')} is not for {args.env_id}")
     if args.num_minibatches is None:
         divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
