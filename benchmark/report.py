@@ -595,7 +595,7 @@ def divergences(folder: Path, runs: pd.DataFrame, name: str, title: str) -> bool
         axis.plot(ours.index, ours, color="black", linestyle="-", marker="o", markevery=0.15, label="ours")
         middles = (curve.steps + curve.steps.shift(fill_value=0)) / 2
         axis.plot(middles, curve.kl, color="#D55E00", linestyle="--", marker="^", markevery=3, label="the reference")
-        axis.set(title=f"{run.task}, {run['size']}, seed {run.seed}", yscale="log", xlim=(0, None))
+        axis.set(title=f"{run.task}, {run['size']} ({run.seed})", yscale="log", xlim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(5))
     finish(figure, title, folder / name)
     return True
@@ -640,7 +640,7 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
         title = f"{SUITES[suite]}: larger students by PPD with several λ"
         if curves(folder, studied, "distill_coef", labels, name, title):
             shown.append(f"![{title}]({name})")
-    title, name = "PPD of the reference and ours: the divergence from the teacher while students learn", "reference.png"
+    title, name = "PPD of the reference and ours: the divergence while students learn (their seed)", "reference.png"
     if divergences(folder, runs, name, title):
         shown.append(f"![{title}]({name})")
     return shown
