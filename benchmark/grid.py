@@ -52,17 +52,24 @@ CPU_TASKS = {"procgen": TASKS["procgen"], "atari": ("Pong-v5",)}  # images with 
 CPU_SIZES = {"smaller": (), "smaller-512": ("--student-hidden", "512")}
 CPU_TEACHER = ("--size", "smaller", "--total-timesteps", "3000000")
 CPU_STUDENT = {"procgen": (), "atari": ("--total-timesteps", "1000000")}
-NOISE_STD = 0.05  # of imperfect teachers
+NOISE_STD = {"imperfect": 0.05, "cpu-imperfect": 0.05, "adaptive": 0.05,  # of corrupted teachers, by experiment
+             "several": 0.02}  # MuJoCo's are left with little of their return by 0.05
 DISTILL_COEFS = (0.5, 2.0, 5.0)  # and 1, which larger students have anyway
 SEEDS = (100, 200, 300, 400, 500)
 # PPD with one thing changed, by name; the students of STUDENT_SEEDS all learn from the teachers of seed 100
 VARIANTS = {"ppd": (), "ppd-detached": ("--distill-weight", "detached"), "ppd-future": ("--distill-future-coef", "1"),
             "ppd-mean-clip": ("--teacher-mean-clip",), "ppd-decay": ("--distill-coef-decay", "return"),
-            "ppd-pbt": ("--pbt-interval", "5")}
-OF_BEYOND = ("ppd-future", "ppd-mean-clip", "ppd-decay")  # what ppd_beyond.py has, and the script of a suite has not
+            "ppd-pbt": ("--pbt-interval", "5"), "ppd-alone": ("--distill-coef", "0"), "ppd-prior": (),
+            "ppd-second": (), "ppd-both": ("--distill-coef", "0.5")}
+# what ppd_beyond.py has, and the script of a suite has not
+OF_BEYOND = ("ppd-future", "ppd-mean-clip", "ppd-decay", "ppd-both")
 BEYOND = {"mujoco": ("ppd", "ppd-detached", "ppd-future", "ppd-mean-clip"),
           "gymnax": ("ppd", "ppd-detached", "ppd-future")}
 ADAPTIVE = ("ppd", "ppd-decay", "ppd-pbt")  # of corrupted teachers, each with several λ
+# A teacher corrupted by one noise, by another, and both together with the same sum of λ
+SEVERAL = {"mujoco": {task: ("ppd", "ppd-second", "ppd-both") for task in ("HalfCheetah-v4", "Ant-v4")}}
+PRIOR = "CoinrunEasy-v0"  # the game whose teacher is a prior for students of others, beside students without a teacher
+PRIORS = {"procgen": ("JumperEasy-v0", "NinjaEasy-v0")}
 STUDENT_SEEDS = (100, 200, 300)
 
 # One run of gymnax learns all of its seeds, and all λ, side by side; λ = 0 is PPO: what a student learns by itself
@@ -77,7 +84,7 @@ MINIATURE = {
 }
 
 PAPER = ("teachers", "methods", "imperfect", "lambda")
-EXPERIMENTS = (*PAPER, "beyond", "adaptive", "cpu-teachers", "cpu-methods", "cpu-imperfect")
+EXPERIMENTS = (*PAPER, "beyond", "adaptive", "several", "cpu-teachers", "cpu-methods", "cpu-imperfect", "cpu-priors")
 
 
 class Run(NamedTuple):
@@ -112,8 +119,9 @@ class Run(NamedTuple):
         if self.method == "ppo":
             return None
         if self.experiment.startswith("cpu"):
-            return Run("cpu-teachers", self.suite, self.task, "ppo", "smaller", self.seed)
-        seed = SEEDS[0] if self.experiment == "beyond" else self.seed
+            task = PRIOR if self.method == "ppd-prior" else self.task
+            return Run("cpu-teachers", self.suite, task, "ppo", "smaller", self.seed)
+        seed = SEEDS[0] if self.experiment in ("beyond", "several") else self.seed
         return Run("teachers", self.suite, self.task, "ppo", "same", seed)
 
 
@@ -133,6 +141,8 @@ def experiments(suite: str) -> Iterator[Run]:
     for seed in STUDENT_SEEDS if suite == "mujoco" else SEEDS[:1]:
         yield from (Run("beyond", suite, task, method, size, seed) for task in TASKS[suite]
                     for size in ("smaller", "larger") for method in BEYOND.get(suite, ()))
+        yield from (Run("several", suite, task, method, "larger", seed)
+                    for task, methods in SEVERAL.get(suite, {}).items() for method in methods)
     if suite == "gymnax":
         yield from (Run("adaptive", suite, task, method, "larger", SEEDS[0])
                     for task in TASKS[suite] for method in ADAPTIVE)
@@ -142,6 +152,8 @@ def experiments(suite: str) -> Iterator[Run]:
         yield from (Run("cpu-methods", suite, task, method, size, SEEDS[0]) for size in sizes for method in METHODS)
         if suite == "procgen":
             yield from (Run("cpu-imperfect", suite, task, method, sizes[-1], SEEDS[0]) for method in METHODS)
+    yield from (Run("cpu-priors", suite, task, method, "smaller", SEEDS[0])
+                for task in PRIORS.get(suite, ()) for method in ("ppd-prior", "ppd-alone"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,17 +161,19 @@ class Args:
     """All flags of this program; any other filter that is not given lets everything pass."""
 
     experiment: tuple[
-        Literal["teachers", "methods", "imperfect", "lambda", "beyond", "adaptive", "cpu-teachers", "cpu-methods",
-                "cpu-imperfect"], ...] = PAPER
+        Literal["teachers", "methods", "imperfect", "lambda", "beyond", "adaptive", "several", "cpu-teachers",
+                "cpu-methods", "cpu-imperfect", "cpu-priors"], ...] = PAPER
     """filter, by default the paper's: teachers; every method and size; corrupted teachers; several λ; not the paper's:
-    PPD with a changed distillation term; λ that adapts; with cpu-, images at a scale that a CPU can train"""
+    PPD with a changed distillation term; λ that adapts; two corrupted teachers; with cpu-, images at a scale that a CPU
+    can train, priors among them: teachers of another game"""
     suite: tuple[Literal["atari", "mujoco", "procgen", "gymnax"], ...] = ()
     """filter"""
     task: tuple[str, ...] = ()
     """filter, by envpool's or gymnax's name"""
     method: tuple[Literal["ppo", "ppd", "student-distill", "teacher-distill", "ppd-detached", "ppd-future",
-                          "ppd-mean-clip", "ppd-decay", "ppd-pbt"], ...] = ()
-    """filter; ppo trains teachers; the last five are of the experiments beyond and adaptive"""
+                          "ppd-mean-clip", "ppd-decay", "ppd-pbt", "ppd-alone", "ppd-prior", "ppd-second",
+                          "ppd-both"], ...] = ()
+    """filter; ppo trains teachers; those after teacher-distill are of the experiments that are not the paper's"""
     size: tuple[Literal["smaller", "same", "larger", "smaller-512"], ...] = ()
     """filter: the student's size"""
     seed: tuple[int, ...] = ()
@@ -198,14 +212,14 @@ def made_teacher(run: Run) -> Run | None:
 
     The shipped teachers of images are small ones, for the experiments at CPU scale alone.
     """
-    shipped = run.teacher and (ROOT / f"teachers/{run.task}__{run.teacher.seed}.safetensors").exists()
+    shipped = run.teacher and (ROOT / f"teachers/{run.teacher.task}__{run.teacher.seed}.safetensors").exists()
     return None if shipped and (run.suite == "mujoco" or run.experiment.startswith("cpu")) else run.teacher
 
 
 def teacher_path(run: Run, args: Args) -> str:
     """Where a student's teacher is or will be: shipped, or made by the grid; of gymnax, a folder with one a seed."""
     if made_teacher(run) is None:
-        return f"teachers/{run.task}__{run.teacher.seed}.safetensors"
+        return f"teachers/{run.teacher.task}__{run.teacher.seed}.safetensors"
     return str(args.folder / run.teacher.name) + ("" if run.suite == "gymnax" else "/teacher.safetensors")
 
 
@@ -218,12 +232,13 @@ def command(run: Run, args: Args) -> list[str]:
         words += CPU_TEACHER
     if run.method != "ppo":
         size = run.size.partition("-")[0]
-        words += ["--teacher", teacher_path(run, args), "--student-size", size, *CPU_SIZES.get(run.size, ())]
-        imperfect = run.experiment.endswith("imperfect") or run.experiment == "adaptive"
-        if run.suite == "gymnax" or imperfect:
-            words += ["--teacher-noise-std", str(NOISE_STD if imperfect else 0.0)]
-            if imperfect:
-                words += ["--teacher-noise-seed", str(run.seed)]
+        words += ["--teacher", *[teacher_path(run, args)] * (2 if run.method == "ppd-both" else 1)]
+        words += ["--student-size", size, *CPU_SIZES.get(run.size, ())]
+        noise_std = NOISE_STD.get(run.experiment, 0.0)
+        if run.suite == "gymnax" or noise_std:
+            words += ["--teacher-noise-std", str(noise_std)]
+            if noise_std:
+                words += ["--teacher-noise-seed", str(run.teacher.seed + (run.method == "ppd-second"))]
         if run.experiment.startswith("cpu"):
             words += CPU_STUDENT[run.suite]
     words += VARIANTS.get(run.method, ())

@@ -34,6 +34,7 @@ METHODS = {"teacher-distill": "td", "student-distill": "sd", "ppd": "ppd"}  # as
 # PPD with one thing changed, by the names of benchmark/grid.py
 VARIANTS = {"ppd": "the paper's", "ppd-detached": "detached", "ppd-future": "β = 1", "ppd-mean-clip": "mean clipped"}
 SIZES = ("smaller", "same", "larger")
+LEVELS = {"unseen levels": "", "training levels": "train_"}  # of Procgen, with what columns of theirs begin with
 SUITES = {"atari": "Atari", "procgen": "Procgen", "mujoco": "MuJoCo", "gymnax": "MinAtar (gymnax)"}
 CURVE_FIGURES = {"atari": 6, "mujoco": 7, "procgen": 8}
 STYLE = {  # a figure fills a page of text, so that its points are those of print
@@ -66,7 +67,9 @@ def load(folder: Path) -> pd.DataFrame:
     if not tables:
         raise SystemExit(f"error: {folder} has no table of the grid: none of {', '.join(f'{x}.csv' for x in SUITES)}")
     runs = pd.concat(tables, ignore_index=True)
-    own = runs[(runs.experiment != "beyond") | (runs.suite == "gymnax")]  # on MuJoCo all its students have one teacher
+    # On MuJoCo all students beyond the paper have one teacher, and priors are teachers of other tasks
+    shared = runs.experiment.isin(["beyond", "several"]) & (runs.suite != "gymnax") | (runs.method == "ppd-prior")
+    own = runs[~shared]
     apart = own.experiment == "beyond"  # these are compared among themselves alone
     for (_, task, seed, _), means in own.groupby(["suite", "task", "seed", apart]).teacher_mean:
         if means.max() - means.min() > 0.01 * means.abs().max():
@@ -380,8 +383,8 @@ def reference_table(runs: pd.DataFrame) -> str:
 
 def cpu_table(runs: pd.DataFrame, suite: str) -> str:
     """Return results of images at CPU scale: return ± standard error over games, and the fraction of the teacher's."""
-    runs = runs[runs.experiment.str.startswith("cpu-") & (runs.method != "ppo") & (runs.suite == suite)]
-    levels = {"unseen levels": "", "training levels": "train_"} if suite == "procgen" else {"": ""}
+    runs = runs[runs.experiment.isin(["cpu-methods", "cpu-imperfect"]) & (runs.suite == suite)]
+    levels = LEVELS if suite == "procgen" else {"": ""}
     table = []
     groups = runs.groupby(["task", "size", "experiment", "seed"])
     for ((task, size, experiment, _), rows), (label, split) in itertools.product(groups, levels.items()):
@@ -392,6 +395,21 @@ def cpu_table(runs: pd.DataFrame, suite: str) -> str:
         units = f"{size.partition('-')[2] or 64} units"
         table.append([task, label, units, *map(cell_of, (taught, corrupted, *students))])
     return markdown(["task", "levels", "students", "teacher", "corrupted teacher", *METHODS], table)
+
+
+def priors_table(runs: pd.DataFrame) -> str:
+    """Return students of Procgen's games alone, with the teacher of another game, and with their own, at CPU scale."""
+    runs, table = runs[(runs.suite == "procgen") & (runs["size"] == "smaller")], []
+    for task in sorted(runs.task[runs.experiment == "cpu-priors"].unique()):
+        each = runs[(runs.task == task) & runs.experiment.isin(["cpu-priors", "cpu-methods"])]
+        alone, prior, own = (each[each.method == name] for name in ("ppd-alone", "ppd-prior", "ppd"))
+        for label, split in LEVELS.items():
+            taught = scores_at(alone, "teacher", split)
+            found = scores_at(prior, "teacher", split, taught), *(scores_at(x, "student", split, taught)
+                                                                  for x in (alone, prior, own))
+            table.append([task, label, *map(cell_of, (taught, *found))])
+    header = ["task", "levels", "its teacher", "the prior", "student alone", "with the prior", "with its teacher"]
+    return markdown(header, table)
 
 
 def scores_at(rows: pd.DataFrame, player: str, split: str, teacher: tuple = ()) -> tuple:
@@ -442,6 +460,18 @@ def beyond_table(runs: pd.DataFrame, suite: str) -> str:
             table.append([size, task, *map(interval_cell, found)])
         table.append([size, "geometric mean", *(aggregate(each)["geometric"] for each in comparable(parts).values())])
     return markdown(["students", "task", *(VARIANTS[name] for name in names)], table)
+
+
+def several_table(runs: pd.DataFrame) -> str:
+    """Return students of two corrupted teachers beside those of each: fractions of the original, as above."""
+    runs, table = runs[runs.experiment == "several"], []
+    parts = {name: runs[runs.method == name] for name in ("ppd", "ppd-second", "ppd-both")}
+    for task in sorted(runs.task.unique()):
+        cells = [(parts["ppd"], "corrupted_teacher"), (parts["ppd-second"], "corrupted_teacher"),
+                 *((rows, "student") for rows in parts.values())]
+        found = [np.concatenate(fractions(rows[rows.task == task], player) or [np.zeros(0)]) for rows, player in cells]
+        table.append([task, *(f"{x.mean():.2f}" if len(x) else "" for x in found[:2]), *map(interval_cell, found[2:])])
+    return markdown(["task", "teacher A", "teacher B", "student of A", "of B", "of both"], table)
 
 
 def adaptive_table(runs: pd.DataFrame, suite: str) -> str:
@@ -697,8 +727,16 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
             found[f"{suite}-adaptive"] = (
                 f"{name}: larger students of corrupted teachers by PPD, as a fraction of the original's return; mean "
                 "and 95% interval over seeds\n\n" + adaptive_table(runs, suite))
+        if "several" in kinds:
+            found[f"{suite}-several"] = (
+                f"{name}: larger students of two corrupted teachers and of each, as a fraction of the original's "
+                "return; mean and 95% interval over seeds of students\n\n" + several_table(each))
+        small = each[each.experiment.str.startswith("cpu-")]
+        if "cpu-priors" in kinds:
+            found[f"{suite}-priors"] = (
+                f"{name} at CPU scale, {spread(small)}: returns ± standard error over games, and as a fraction of the "
+                "return of the game's own teacher\n\n" + priors_table(runs))
         if kinds & {"cpu-methods", "cpu-imperfect"}:
-            small = each[each.experiment.str.startswith("cpu-")]
             found[f"{suite}-cpu"] = (
                 f"{name} at CPU scale, {spread(small)}: returns ± standard error over games, and as a fraction of the "
                 "teacher's\n\n" + cpu_table(runs, suite))

@@ -48,8 +48,8 @@ def test_the_grid_is_the_papers():
     tasks, seeds = 11 + 4 + 4, 5
     count = {name: sum(run.experiment == name for run in paper) for name in grid.EXPERIMENTS}
     assert count == {"teachers": tasks * seeds, "methods": tasks * 3 * 3 * seeds, "imperfect": 8 * 3 * seeds, "lambda": 4 * 3 * seeds,  # λ = 1 is among the methods
-                     "cpu-teachers": 5, "cpu-methods": (4 * 2 + 1) * 3, "cpu-imperfect": 4 * 3,
-                     "beyond": 4 * 2 * 4 * 3, "adaptive": 0}
+                     "cpu-teachers": 5, "cpu-methods": (4 * 2 + 1) * 3, "cpu-imperfect": 4 * 3, "cpu-priors": 2 * 2,
+                     "beyond": 4 * 2 * 4 * 3, "adaptive": 0, "several": 2 * 3 * 3}
     assert {run.method for run in runs if run.experiment == "adaptive"} == set(grid.ADAPTIVE)
     known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
     for suite, table in itertools.product(("atari", "mujoco", "procgen"), (5, 6)):
@@ -72,19 +72,30 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
         if run.experiment == "cpu-teachers":
             assert flags.size == run.size
         if run.method != "ppo":
-            assert run.size.startswith(flags.student_size) and run.task in str(flags.teacher)
+            task = "CoinrunEasy-v0" if run.method == "ppd-prior" else run.task
+            assert run.size.startswith(flags.student_size) and task in str(flags.teacher)
             assert (flags.student_hidden == (512,)) == run.size.endswith("512")
-            assert flags.teacher_noise_std == (0.05 if run.experiment.endswith(("imperfect", "adaptive")) else 0.0)
+            mild = 0.02 if run.experiment == "several" else 0.0
+            assert flags.teacher_noise_std == (0.05 if run.experiment.endswith(("imperfect", "adaptive")) else mild)
             assert run.script != "ppd_gymnax.py" or run.experiment != "lambda" or flags.distill_coef == (0, 0.5, 2, 5)
         changed = (run.method == "ppd-detached", run.method == "ppd-future", run.method == "ppd-mean-clip")
         assert run.script.partition("_")[0] != "ppd" or changed == (
             flags.distill_weight == "detached", getattr(flags, "distill_future_coef", 0.0) == 1.0, getattr(flags, "teacher_mean_clip", False))
         if run.method.startswith("ppd") and run.suite != "gymnax":
-            assert words[1] == ("ppd_beyond.py" if run.method in ("ppd-future", "ppd-mean-clip", "ppd-decay") else f"ppd_{run.suite}.py")
+            assert words[1] == ("ppd_beyond.py" if run.method in ("ppd-future", "ppd-mean-clip", "ppd-decay", "ppd-both") else f"ppd_{run.suite}.py")
         if run.distill_coef is not None:
             assert flags.distill_coef == run.distill_coef
     assert {grid.teacher_path(run, args) for run in all_runs() if run.task == "Hopper-v4" and run.seed == 100 and run.teacher} == {
         "teachers/Hopper-v4__100.safetensors"}
+
+
+def test_two_corrupted_teachers_are_those_of_the_runs_beside_them():
+    """Teacher k of ppd_beyond.py has the noise of seed + k; the sum of λ is that of one teacher."""
+    runs = [run for run in grid.experiments("mujoco") if run.experiment == "several" and run.task == "Ant-v4" and run.seed == 200]
+    first, second, both = (SCRIPTS[words[1]].parse_args(words[2:]) for words in (grid.command(run, grid.Args()) for run in runs))
+    assert [run.method for run in runs] == ["ppd", "ppd-second", "ppd-both"] and both.teacher == (first.teacher, second.teacher)
+    assert (both.teacher_noise_seed, both.teacher_noise_seed + 1) == (first.teacher_noise_seed, second.teacher_noise_seed) == (100, 101)
+    assert first.distill_coef == second.distill_coef == 2 * both.distill_coef[0] == 1
 
 
 def test_without_a_filter_it_is_the_papers_grid_and_the_study_like_it():
@@ -110,6 +121,15 @@ def test_students_of_all_seeds_that_go_beyond_the_paper_have_one_teacher():
     assert [(run.method, run.seed) for run in runs] == [(name, seed) for seed in (100, 200, 300) for name in grid.BEYOND["mujoco"]]
     assert {grid.teacher_path(run, grid.Args()) for run in runs} == {"teachers/Ant-v4__100.safetensors"}
     assert set(grid.BEYOND["mujoco"]) == set(report.VARIANTS)
+    runs = grid.chosen(grid.Args(experiment=("several",)))
+    assert {grid.teacher_path(run, grid.Args()) for run in runs} == {f"teachers/{task}-v4__100.safetensors" for task in ("Ant", "HalfCheetah")}
+
+
+def test_a_student_has_the_teacher_of_another_game_as_a_prior_or_none():
+    runs = grid.chosen(grid.Args(experiment=("cpu-priors",), task=("NinjaEasy-v0",)))
+    found = [SCRIPTS["ppd_procgen.py"].parse_args(grid.command(run, grid.Args())[2:]) for run in runs]
+    assert [(run.method, str(flags.teacher), flags.distill_coef) for run, flags in zip(runs, found, strict=True)] == [
+        ("ppd-prior", "teachers/CoinrunEasy-v0__100.safetensors", 1.0), ("ppd-alone", "teachers/NinjaEasy-v0__100.safetensors", 0.0)]
 
 
 @pytest.mark.parametrize(("method", "coef"), [("ppd", 1.0), ("ppd-future", [1.0])])
@@ -136,6 +156,27 @@ def test_the_table_beyond_the_paper_by_hand():
     assert lines[0] == "| students | task | the paper's | detached |"
     assert lines[2:4] == [f"| smaller | A | 0.60 ± {half:.2f} | 0.90 ± 0.00 |", "| smaller | B | 0.40 ± 0.00 |  |"]
     assert lines[4].startswith("| smaller | geometric mean | 0.59 [0.") and lines[4].endswith(" | 0.90 [0.90, 0.90] |")
+
+
+def test_the_tables_of_several_teachers_and_of_priors_by_hand():
+    students = {"ppd": (50, 60, 70), "ppd-second": (40, 40, 40), "ppd-both": (90, 90)}
+    runs = pd.DataFrame([{"experiment": "several", "suite": "mujoco", "task": "A", "method": method, "size": "larger", "seed": seed, "teacher_mean": 100.0,
+                          "corrupted_teacher_mean": 20.0 if method == "ppd-second" else 30.0, "student_mean": value, "command": ""}
+                         for method, found in students.items() for seed, value in zip((100, 200, 300), found, strict=False)])
+    assert report.several_table(runs).splitlines()[2:] == [
+        f"| A | 0.30 | 0.20 | 0.60 ± {4.302653 * 0.1 / 3 ** 0.5:.2f} | 0.40 ± 0.00 | 0.90 ± 0.00 |"]
+
+    def row(experiment, method, teacher, student):
+        players = {"teacher": teacher, "student": student}
+        cells = {f"{player}_{split}{kind}": value for player, mean in players.items() for split in ("", "train_")
+                 for kind, value in (("mean", mean + (split != "")), ("std", 2.0))}
+        return {"experiment": experiment, "suite": "procgen", "task": "A", "method": method, "size": "smaller", "seed": 100, "episodes": 100, **cells}
+
+    runs = pd.DataFrame([row("cpu-priors", "ppd-alone", 8, 4), row("cpu-priors", "ppd-prior", 2, 6), row("cpu-methods", "student-distill", 8, 1),
+                         row("cpu-methods", "ppd", 8, 8)])
+    assert report.priors_table(runs).splitlines()[2:] == [
+        "| A | unseen levels | 8.00 ± 0.20 | 2.00 ± 0.20 (0.25) | 4.00 ± 0.20 (0.50) | 6.00 ± 0.20 (0.75) | 8.00 ± 0.20 (1.00) |",
+        "| A | training levels | 9.00 ± 0.20 | 3.00 ± 0.20 (0.33) | 5.00 ± 0.20 (0.56) | 7.00 ± 0.20 (0.78) | 9.00 ± 0.20 (1.00) |"]
 
 
 def test_the_table_of_lambdas_that_adapt_by_hand():
@@ -321,8 +362,9 @@ def test_committed_rows_are_whole():
         assert rows and list(rows[0]) == grid.COLUMNS
         assert len({tuple(row[name] for name in grid.KEY) for row in rows}) == len(rows)
         teachers = {}
-        for row in rows:  # all of a task and seed had the same one, up to the rounding of different CPUs, as had those beyond the paper
-            first = teachers.setdefault((row["task"], row["seed"], row["experiment"] == "beyond"), float(row["teacher_mean"]))
+        for row in rows:  # all of a task and seed had the same one, up to the rounding of different CPUs, but for those beyond the paper
+            about = (row["task"], row["seed"], row["experiment"] == "beyond", row["method"] == "ppd-prior")
+            first = teachers.setdefault(about, float(row["teacher_mean"]))
             assert float(row["teacher_mean"]) == pytest.approx(first, rel=1e-3 if path.stem != "gymnax" else 0)
         for row in rows:
             assert row["suite"] == path.stem and row["teacher_mean"] and row["command"].startswith("python ") and "/tmp" not in row["command"]
