@@ -97,9 +97,10 @@ VARIANTS = {  # how a task is played: the flags of each suite that a model file 
 KINDS = {"mujoco": ("mlp",), "states": ("mlp",), "minatar": ("mlp", "minatar"), "atari": ("nature", "impala"),
          "procgen": ("nature", "impala")}  # of the networks of each suite; states and minatar are gymnax's
 EPISODES = {"mujoco": 50, "atari": 50, "procgen": 200, "states": 100, "minatar": 100}
-SECONDS_PER_STEP = {  # of simulated time, for films; of MuJoCo's tasks 0.05 where nothing is said
+SECONDS_PER_STEP = {  # of simulated time, for films, where a task says nothing else
     "Hopper": 0.008, "Humanoid": 0.015, "HumanoidStandup": 0.015, "InvertedPendulum": 0.04, "Reacher": 0.02,
-    "Swimmer": 0.04, "Walker2d": 0.008, "mujoco": 0.05, "procgen": 1 / 15, "states": 0.05, "minatar": 0.1}
+    "Swimmer": 0.04, "Walker2d": 0.008, "mujoco": 0.05, "procgen": 1 / 15, "states": 0.05, "minatar": 0.1,
+    "atari": 1 / 15}
 
 # Scores of a random and of a human player (Badia et al. 2020), for human-normalised scores
 HUMAN = {
@@ -490,6 +491,7 @@ def load_policy(path: str) -> tuple[dict, Policy, dict]:
         for name in VARIANTS.get(suite, ()):
             if not in_range(name, about["variant"][name]):
                 raise ValueError(f"its {name} is {about['variant'][name]}, which cannot be")
+        variant = {name: about["variant"][name] for name in VARIANTS.get(suite, ())}  # and nothing else for envpool
         network = read_network(about["network"])
         kind, channels = network.kind, network.channels
         if kind not in KINDS[suite] or len(channels) > 3:
@@ -503,8 +505,14 @@ def load_policy(path: str) -> tuple[dict, Policy, dict]:
         stats = Stats(x, x, jax.ShapeDtypeStruct((), jnp.float32)) if suite in ("mujoco", "states") else None
         params = {"policy": params, "obs_stats": fill(stats, arrays, "obs_stats")}
         layers = "-".join(map(str, network.channels + network.hidden))
-        title = f"{env_id} {about['role']}, {kind} {layers}: {about['command']}"
-        return about | {"suite": suite, "title": title, "measured": describe(about["evaluation"])}, policy, params
+        title = plain(f"{env_id} {about['role']}, {kind} {layers}: {about['command']}")
+        about |= {"suite": suite, "variant": variant, "title": title, "measured": describe(about["evaluation"])}
+        return about, policy, params
+
+
+def plain(text: str) -> str:
+    """Return what a file says without what would steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def gymnax_suite(env_id: str) -> str:
@@ -539,7 +547,7 @@ def make_policy_step(about: dict, policy: Policy, params: dict, seed: int) -> Ca
 def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
     """Play one episode in each of N environments; returns their sums of raw rewards, undiscounted, mean and deviation.
 
-    Each environment's first episode counts, so that short ones do not crowd out long; policy_step is as in `collect`.
+    Each environment's first episode counts, or short ones would crowd out long; policy_step(observations, t) acts.
     games: how many different episodes there were, since few things vary in some tasks; a standard error rests on those.
     """
     observations, t = reset(envs), 0
@@ -577,7 +585,7 @@ def assess(about: dict, policy: Policy, params: dict, episodes: int, seed: int) 
 
 
 def describe(evaluation: dict) -> str:
-    """Say an evaluation in one line; the standard error is that of so many different games."""
+    """Say an evaluation in one line: mean ± standard deviation over episodes."""
     text = f"{evaluation['mean']:.1f} ± {evaluation['std']:.1f} ({len(evaluation['returns'])} episodes"
     if evaluation.get("games", math.inf) < len(evaluation["returns"]):
         text += f", {evaluation['games']} different games"
@@ -604,8 +612,13 @@ def film(about: dict, policy: Policy, params: dict, seed: int, seconds: float) -
     env_id, suite = about["env_id"], about["suite"]
     envs = open_envs(about, 1, seed, "evaluation", render_mode="rgb_array")
     policy_step, observations, frames = make_policy_step(about, policy, params, seed), reset(envs), []
-    duration = about["variant"]["frame_skip"] / 60 if suite == "atari" else SECONDS_PER_STEP.get(
-        env_id.split("-")[0], SECONDS_PER_STEP.get(suite))
+    duration = SECONDS_PER_STEP[suite]
+    if suite == "atari":
+        duration = about["variant"]["frame_skip"] / 60
+    elif suite == "mujoco":
+        duration = SECONDS_PER_STEP.get(env_id.split("-")[0], duration)
+    elif isinstance(envs, GymnaxEnvs):
+        duration = getattr(envs.params, "dt", None) or getattr(envs.params, "tau", None) or duration
     every = max(1, round(0.04 / duration))
     for t in range(max(1, round(seconds / duration))):
         if t % every == 0:
@@ -653,7 +666,7 @@ A policy in JAX, {network}. Whole games with raw rewards and {actions} actions, 
 `evaluation.json` has every return. The scripts of Proximal Policy Distillation in JAX play them again:
 
 ```
-python evaluate.py model.safetensors --episodes {episodes} --seed {seed}
+python evaluate.py model.safetensors --episodes {episodes} --seed {seed}{sticky}
 ```
 
 The model was made by this command, with these versions:
@@ -668,10 +681,10 @@ header. The algorithm: Spigler, "Proximal Policy Distillation", TMLR 2025, [arXi
 """
 
 
-def write_card(folder: Path, args: Args, about: dict, evaluation: dict, film: tuple[list[np.ndarray], float]) -> None:
+def write_card(folder: Path, args: Args, about: dict, evaluation: dict, replay: tuple[list[np.ndarray], float]) -> None:
     """Write a folder as the Hugging Face Hub expects it: README.md with metadata, model, film and every return.
 
-    evaluation: as `assess` returns it; film: frames, and how many a second.
+    evaluation: as `assess` returns it; replay: frames, and how many a second.
     """
     splits = {"all": evaluation}
     if "train_levels" in evaluation:
@@ -680,17 +693,18 @@ def write_card(folder: Path, args: Args, about: dict, evaluation: dict, film: tu
             for name, found in splits.items()]
     kinds = {"mlp": "an MLP", "nature": "a Nature-CNN", "impala": "an IMPALA-CNN", "minatar": "a CNN"}
     layers = "-".join(map(str, (*about["network"]["channels"], *about["network"]["hidden"]))) or "no hidden layer"
-    said = {name: "".join(c if c.isprintable() and c != "`" else " " for c in str(about.get(name)))
-            for name in ("command", "versions", "role")}
+    said = {name: plain(str(about.get(name))).replace("`", " ") for name in ("command", "versions", "role")}
+    probability = args.repeat_action_probability
     text = CARD.format(
         **said, env_id=about["env_id"], mean=evaluation["mean"], std=evaluation["std"], rows="\n".join(rows),
         network=f"{kinds[about['network']['kind']]} of {layers}", seed=args.seed, episodes=len(evaluation["returns"]),
-        actions="sampled" if about["suite"] in ("procgen", "minatar") else "deterministic")
+        actions="sampled" if about["suite"] in ("procgen", "minatar") else "deterministic",
+        sticky="" if probability is None else f" --repeat-action-probability {probability:g}")
     folder.mkdir()
     write_atomic(folder / "model.safetensors", Path(args.model).read_bytes())
     measured = {"env_id": about["env_id"], "variant": about.get("variant", {}), "seed": args.seed} | evaluation
     write_atomic(folder / "evaluation.json", measured)
-    write_video(folder / "replay.gif", *film)
+    write_video(folder / "replay.gif", *replay)
     write_atomic(folder / "README.md", text.encode())
 
 
@@ -717,7 +731,7 @@ def check(args: Args) -> None:
     for name, value in vars(args).items():
         if name in RANGES and value is not None and not in_range(name, value):
             low, high = RANGES[name]
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+            fail(f"--{name.replace('_', '-')} must lie between {low:.10g} and {high:.10g}, not {value}")
     for path in filter(None, (args.json, args.video)):
         if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
             fail(f"cannot write {path}: it is a folder, or there is no folder for it")

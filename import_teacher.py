@@ -467,7 +467,8 @@ def read_stats(path: str, trust_pickle: bool, observation_shape: list[int]) -> d
 def normalized(agent: Agent, stats: dict[str, np.ndarray]) -> tuple[Agent, dict[str, np.ndarray]]:
     """Return the agent, and its statistics as a model file has them: clipped to ±10, with 1e-8 added to the variance.
 
-    To clip to ±c is to clip x / (c / 10) to ±10; the first layers take the factor back.
+    To clip to ±c is to clip x / (c / 10) to ±10; the first layers take the factor back. It is exact but for dimensions
+    that hardly vary where c < 10: a variance that would have to be negative in the file becomes 0.
     """
     factor = stats["clip_obs"] / 10.0
     variance = np.maximum((stats["var"] + stats["epsilon"]) * factor**2 - 1e-8, 0.0)
@@ -509,7 +510,7 @@ def tree(layers: Layers, log_std: np.ndarray | None) -> dict[str, Any]:
 def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
     """Play one episode in each of N environments; returns their sums of raw rewards, undiscounted, mean and deviation.
 
-    Each environment's first episode counts, so that short ones do not crowd out long; policy_step is as in `collect`.
+    Each environment's first episode counts, or short ones would crowd out long; policy_step(observations, t) acts.
     games: how many different episodes there were, since few things vary in some tasks; a standard error rests on those.
     """
     observations, t = reset(envs), 0
@@ -557,7 +558,7 @@ def assess(
 
 
 def describe(evaluation: dict) -> str:
-    """Say an evaluation in one line; the standard error is that of so many different games."""
+    """Say an evaluation in one line: mean ± standard deviation over episodes."""
     text = f"{evaluation['mean']:.1f} ± {evaluation['std']:.1f} ({len(evaluation['returns'])} episodes"
     if evaluation.get("games", math.inf) < len(evaluation["returns"]):
         text += f", {evaluation['games']} different games"
@@ -596,7 +597,7 @@ def check(args: Args) -> None:
     """End the program for flags that cannot work, before anything is written."""
     for name, (low, high) in RANGES.items():
         if (value := getattr(args, name)) is not None and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+            fail(f"--{name.replace('_', '-')} must lie between {low:.10g} and {high:.10g}, not {value}")
     if not Path(args.out).name or os.path.exists(args.out) or not os.access(Path(args.out).resolve().parent, os.W_OK):
         fail(f"cannot write {args.out}: it exists, or there is no folder for it")
 
@@ -610,6 +611,9 @@ def main(args: Args) -> dict[str, float]:
     suite = gymnax_suite(args.env_id) if library == "gymnax" else suite_of(args.env_id)
     task = gymnax_shape(args.env_id) if library == "gymnax" else (task_shape(args.env_id), suite == "mujoco")
     (shape, num_actions), gaussian = task
+    for name in sum(VARIANTS.values(), ()):
+        if name not in VARIANTS.get(suite, ()) and getattr(args, name) != getattr(Args, name):
+            fail(f"--{name.replace('_', '-')} is not for {args.env_id}")
     with checked(f"{args.agent} is no agent of stable-baselines3 or CleanRL for {args.env_id}"):
         agent = read_agent(args.agent, shape)
         check_agent(agent, shape, num_actions, gaussian)

@@ -397,12 +397,12 @@ def discount_forward(
     the next rollout, [N], and all g, [T, N].
     """
 
-    def step(g, x):
+    def forward(g, x):
         reward, done = x
         g = gamma * g + reward
         return g * (1.0 - done), g
 
-    return jax.lax.scan(step, carried, (rewards, dones))
+    return jax.lax.scan(forward, carried, (rewards, dones))
 
 
 def compute_gae(
@@ -418,12 +418,12 @@ def compute_gae(
     dones = jnp.maximum(terminations, truncations)
     deltas = rewards + gamma * values[1:] * (1.0 - terminations) - values[:-1]
 
-    def step(advantage, x):
+    def backward(advantage, x):
         delta, done = x
         advantage = delta + gamma * gae_lambda * (1.0 - done) * advantage
         return advantage, advantage
 
-    _, advantages = jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, dones), reverse=True)
+    _, advantages = jax.lax.scan(backward, jnp.zeros_like(deltas[0]), (deltas, dones), reverse=True)
     return advantages, advantages + values[:-1]
 
 
@@ -521,7 +521,7 @@ class Networks(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """A teacher: what its file says, and the policy made of it."""
+    """A teacher: what its file says, with the task of the run, and the policy made of it."""
 
     about: dict
     policy: Policy
@@ -764,6 +764,16 @@ class Run:
         """Begin, or go on from a checkpoint: what was logged after it is dropped, since it will be made again."""
         name = f"{args.env_id}__{SCRIPT}__{args.student_size}__{args.seed}__{int(time.time())}"
         self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
+        self.logged = dict(saved["logged"] if saved else BEGIN)
+        self.tracker = None
+        if args.track:  # before the folder, which is not left behind if that fails
+            with checked("--track"):
+                import wandb
+
+                self.tracker = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
+                    config=vars(args), id=self.logged.get("wandb_id"), resume="allow")
+                self.logged["wandb_id"] = self.tracker.id
         try:
             self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
         except FileExistsError:  # another run began in this second
@@ -779,33 +789,23 @@ class Run:
                          "envpool": import_envpool().__version__, "device": jax.devices()[0].device_kind}}
         write_atomic(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
-        self.logged = dict(saved["logged"] if saved else BEGIN)
         self.batch_size, self.began, self.compiled = args.batch_size, time.time() - self.logged["seconds"], None
         self.file = open(self.folder / "progress.csv", "a", newline="")
         self.file.seek(self.file.truncate(min(self.file.tell(), self.logged["bytes"])))
         # Not by SummaryWriter, whose thread would wait for ever where the disk is full
         self.events = EventsWriter(str(self.folder / "events"), f".{os.getpid()}")
         self.events.write_event(Event(step=self.logged["step"] + 1, session_log=SessionLog(status=SessionLog.START)))
-        self.tracker = None
-        if args.track:
-            with checked("--track"):
-                import wandb
-
-                self.tracker = wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
-                    config=vars(args), id=self.logged.get("wandb_id"), resume="allow")
-                self.logged["wandb_id"] = self.tracker.id
         self.signal = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, global_step: int, metrics: dict[str, float]) -> None:
         """Log the update that ended at this environment step; the speed leaves out the first, which compiles."""
         seconds = time.time() - self.began
-        self.compiled = self.compiled or (step, seconds)
-        steps, elapsed = step - self.compiled[0], seconds - self.compiled[1]
-        sps = steps / elapsed if steps else self.logged["SPS"] or step / seconds
-        row = {"global_step": step, "seconds": round(seconds, 3), "charts/SPS": sps} | metrics
+        self.compiled = self.compiled or (global_step, seconds)
+        steps, elapsed = global_step - self.compiled[0], seconds - self.compiled[1]
+        sps = steps / elapsed if steps else self.logged["SPS"] or global_step / seconds
+        row = {"global_step": global_step, "seconds": round(seconds, 3), "charts/SPS": sps} | metrics
         table = csv.DictWriter(self.file, list(row))
         if self.file.tell() == 0:
             table.writeheader()
@@ -813,11 +813,11 @@ class Run:
         self.file.flush()
         finite = {name: float(x) for name, x in row.items() if np.isfinite(x)}  # no return before an episode's end
         for name, value in finite.items():
-            self.events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self.events.write_event(Event(wall_time=time.time(), step=global_step, summary=scalar(name, value)))
         self.events.flush()
         if self.tracker is not None:
-            self.tracker.log(finite, step=step, commit=True)  # a step that W&B has had before a crash, it leaves out
-        self.logged |= {"bytes": self.file.tell(), "step": step, "SPS": sps, "seconds": seconds}
+            self.tracker.log(finite, step=global_step, commit=True)  # W&B leaves out a step that it has had
+        self.logged |= {"bytes": self.file.tell(), "step": global_step, "SPS": sps, "seconds": seconds}
 
     def save(self, updates: int, state: TrainState, finished: deque, teacher: Teacher) -> None:
         """Save all that --resume needs, but for the simulator's own state, which cannot be saved; two files stay."""
@@ -838,7 +838,8 @@ class Run:
 
     def stop(self) -> NoReturn:
         """End the program for the signal that came."""
-        print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {self.folder}", file=sys.stderr)
+        resume = shlex.join(["python", f"{SCRIPT}.py", "--resume", str(self.folder)])
+        print(f"\ninterrupted; go on with: {resume}", file=sys.stderr)
         raise SystemExit(128 + self.signal)
 
     def close(self) -> None:
@@ -915,7 +916,7 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
 def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
     """Play one episode in each of N environments; returns their sums of raw rewards, undiscounted, mean and deviation.
 
-    Each environment's first episode counts, so that short ones do not crowd out long; policy_step is as in `collect`.
+    Each environment's first episode counts, or short ones would crowd out long; policy_step(observations, t) acts.
     games: how many different episodes there were, since few things vary in some tasks; a standard error rests on those.
     """
     observations, t = reset(envs), 0
@@ -1018,7 +1019,7 @@ def resolve(args: Args) -> Args:
         value = getattr(args, name)
         numbers = value if isinstance(value, tuple) else (value,)
         if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+            fail(f"--{name.replace('_', '-')} must lie between {low:.10g} and {high:.10g}, not {value}")
     if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
     if args.num_minibatches is None:
@@ -1073,7 +1074,7 @@ def main(args: Args) -> dict[str, float]:
     """Distil a student and evaluate it beside its teacher; returns the single numbers of results.json."""
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # acting is waited for: handing it over only costs time
     with suppress(RuntimeError):  # a process that has computed already has its devices
-        jax.config.update("jax_num_cpu_devices", args.num_devices or count_cores())
+        jax.config.update("jax_num_cpu_devices", max(1, min(args.num_devices or count_cores(), args.num_envs)))
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     saved, arrays = load_checkpoint(args.resume) if args.resume else (None, {})

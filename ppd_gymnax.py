@@ -384,12 +384,12 @@ def discount_forward(
     the next rollout, [N], and all g, [T, N].
     """
 
-    def step(g, x):
+    def forward(g, x):
         reward, done = x
         g = gamma * g + reward
         return g * (1.0 - done), g
 
-    return jax.lax.scan(step, carried, (rewards, dones), unroll=16)
+    return jax.lax.scan(forward, carried, (rewards, dones), unroll=16)
 
 
 def compute_gae(
@@ -404,12 +404,12 @@ def compute_gae(
     dones = jnp.maximum(terminations, truncations)
     deltas = rewards + gamma * next_values * (1.0 - terminations) - values
 
-    def step(advantage, x):
+    def backward(advantage, x):
         delta, done = x
         advantage = delta + gamma * gae_lambda * (1.0 - done) * advantage
         return advantage, advantage
 
-    _, advantages = jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, dones), reverse=True, unroll=16)
+    _, advantages = jax.lax.scan(backward, jnp.zeros_like(deltas[0]), (deltas, dones), reverse=True, unroll=16)
     return advantages, advantages + values
 
 
@@ -885,6 +885,17 @@ class Run:
         """Begin, or go on from a checkpoint: what was logged after it is dropped, since it will be made again."""
         name = f"{args.env_id}__{SCRIPT}__{args.student_size}__{args.seed}__{int(time.time())}"
         self.folder = Path(args.resume or args.run_dir or f"runs/{name}")
+        self.logged = dict(saved["logged"] if saved else BEGIN)
+        self.tracker = None
+        if args.track:  # before the folder, which is not left behind if that fails
+            with checked("--track"):
+                import wandb
+
+                self.tracker = wandb.init(
+                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
+                    config=vars(args), id=self.logged.get("wandb_id"), resume="allow")
+                self.logged["wandb_id"] = self.tracker.id
+                self.tracker.define_metric("*", step_metric="global_step")
         try:
             self.folder.mkdir(parents=True, exist_ok=args.resume is not None)
         except FileExistsError:  # another run began in this second
@@ -900,7 +911,6 @@ class Run:
                          "gymnax": importlib.metadata.version("gymnax"), "device": jax.devices()[0].device_kind}}
         write_atomic(self.folder / "args.json", vars(args) | {"versions": self.about["versions"]})
 
-        self.logged = dict(saved["logged"] if saved else BEGIN)
         self.began, self.compiled = time.time() - self.logged["seconds"], {}
         self.file = open(self.folder / "progress.csv", "a", newline="")
         self.file.seek(self.file.truncate(min(self.file.tell(), self.logged["bytes"])))
@@ -911,49 +921,39 @@ class Run:
             # Not by SummaryWriter, whose thread would wait for ever where the disk is full
             self.events[phase] = EventsWriter(str(folder / "events"), f".{os.getpid()}")
             self.events[phase].write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
-        self.tracker = None
-        if args.track:
-            with checked("--track"):
-                import wandb
-
-                self.tracker = wandb.init(
-                    project=args.wandb_project_name, entity=args.wandb_entity, name=self.folder.name,
-                    config=vars(args), id=self.logged.get("wandb_id"), resume="allow")
-                self.logged["wandb_id"] = self.tracker.id
-                self.tracker.define_metric("*", step_metric="global_step")
         self.signal = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
-    def log(self, phase: str, step: int, runs: list[tuple[int, float]], metrics: dict[str, np.ndarray]) -> None:
+    def log(self, phase: str, global_step: int, runs: list[tuple[int, float]], metrics: dict[str, np.ndarray]) -> None:
         """Log the part of a phase that ended at this environment step, with a row for each run.
 
         runs: seed and λ of each; metrics: [R]. The speed is that of all runs together; it leaves out the first part,
         which compiles.
         """
         seconds, sps = time.time() - self.began, self.logged[f"{phase}_SPS"]
-        first, since = self.compiled.setdefault(phase, (step, seconds))
-        if step > first:
-            sps = (step - first) * len(runs) / (seconds - since)
+        first, since = self.compiled.setdefault(phase, (global_step, seconds))
+        if global_step > first:
+            sps = (global_step - first) * len(runs) / (seconds - since)
         elif not sps:
-            sps = (step - self.logged[f"{phase}_step"]) * len(runs) / (seconds - self.logged["seconds"])
-        table, tracked = csv.DictWriter(self.file, COLUMNS), {"global_step": step}
+            sps = (global_step - self.logged[f"{phase}_step"]) * len(runs) / (seconds - self.logged["seconds"])
+        table, tracked = csv.DictWriter(self.file, COLUMNS), {"global_step": global_step}
         if self.file.tell() == 0:
             table.writeheader()
         for i, (seed, distill_coef) in enumerate(runs):
             values = {name: float(x[i]) for name, x in metrics.items()}
-            table.writerow({"phase": phase, "seed": seed, "distill_coef": distill_coef, "global_step": step,
+            table.writerow({"phase": phase, "seed": seed, "distill_coef": distill_coef, "global_step": global_step,
                             "seconds": round(seconds, 3), "charts/SPS": sps} | values)
             tag = f"{phase}_{seed}_lambda_{distill_coef:g}"
             tracked |= {f"{tag}/{name}": x for name, x in values.items() if np.isfinite(x)}  # no return before an end
         self.file.flush()
         for name, x in tracked.items():
-            self.events[phase].write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, x)))
+            self.events[phase].write_event(Event(wall_time=time.time(), step=global_step, summary=scalar(name, x)))
         self.events[phase].flush()
         rows = self.logged["rows"] + len(runs)
         if self.tracker is not None:
-            self.tracker.log(tracked, step=rows, commit=True)  # a step that W&B has had before a crash, it leaves out
-        self.logged |= {"bytes": self.file.tell(), "rows": rows, f"{phase}_step": step, f"{phase}_SPS": sps,
+            self.tracker.log(tracked, step=rows, commit=True)  # W&B leaves out a step that it has had
+        self.logged |= {"bytes": self.file.tell(), "rows": rows, f"{phase}_step": global_step, f"{phase}_SPS": sps,
                         "seconds": seconds}
 
     def save(self, phase: str, updates: int, networks: Networks, state: TrainState, teacher: dict | None) -> None:
@@ -976,7 +976,8 @@ class Run:
 
     def stop(self) -> NoReturn:
         """End the program for the signal that came."""
-        print(f"\ninterrupted; go on with: python {SCRIPT}.py --resume {self.folder}", file=sys.stderr)
+        resume = shlex.join(["python", f"{SCRIPT}.py", "--resume", str(self.folder)])
+        print(f"\ninterrupted; go on with: {resume}", file=sys.stderr)
         raise SystemExit(128 + self.signal)
 
     def close(self) -> None:
@@ -1265,7 +1266,7 @@ def resolve(args: Args) -> Args:
         value = getattr(args, name)
         numbers = value if isinstance(value, tuple) else (value,)
         if value is not None and not all(isinstance(x, int | type(high)) and low <= x <= high for x in numbers):
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+            fail(f"--{name.replace('_', '-')} must lie between {low:.10g} and {high:.10g}, not {value}")
     if not args.distill_coef:
         fail("--distill-coef takes one number or more")
     if args.method == "ppo" and args.teacher:

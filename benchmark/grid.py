@@ -505,7 +505,8 @@ def record(run: Run, args: Args) -> None:
     (folder / "curves").mkdir(parents=True, exist_ok=True)
     path, table = folder / f"{run.suite}.csv", {}
     found = [{name: str(row.get(name, "")) for name in COLUMNS} for row in rows(run, args)]
-    names = KEY[:5] if run.suite == "gymnax" else KEY  # of gymnax, a run is of all seeds and all λ
+    # Of gymnax, a run is of all seeds and all λ; a run that names no λ is the only one of its seed
+    names = KEY[:5] if run.suite == "gymnax" else KEY[:6] if run.distill_coef is None else KEY
     replaced = {tuple(row[name] for name in names) for row in found}
     lock = os.open(folder, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)  # another grid may write, too
@@ -541,6 +542,12 @@ def main(args: Args) -> int:
     """Runs the chosen part of the grid; returns how many runs failed."""
     if args.processes is not None and args.processes < 1:
         fail(f"--processes must be at least 1, not {args.processes}")
+    try:
+        shlex.split(args.extra)
+    except ValueError as error:
+        fail(f"--extra {args.extra}: {error}")
+    if (ROOT / args.folder).is_file():
+        fail(f"--folder {args.folder} is a file")
     runs = chosen(args)
     if not runs:
         fail("no run passes these filters")

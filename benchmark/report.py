@@ -65,7 +65,9 @@ def load(folder: Path) -> pd.DataFrame:
     """
     tables = [pd.read_csv(folder / f"{suite}.csv") for suite in SUITES if (folder / f"{suite}.csv").exists()]
     if not tables:
-        raise SystemExit(f"error: {folder} has no table of the grid: none of {', '.join(f'{x}.csv' for x in SUITES)}")
+        names = ", ".join(f"{suite}.csv" for suite in SUITES)
+        print(f"error: {folder} has no table of the grid: none of {names}", file=sys.stderr)
+        raise SystemExit(2)
     runs = pd.concat(tables, ignore_index=True)
     # On MuJoCo all students beyond the paper have one teacher, and priors are teachers of other tasks
     shared = runs.experiment.isin(["beyond", "several"]) & (runs.suite != "gymnax") | (runs.method == "ppd-prior")
@@ -293,8 +295,8 @@ def improvement_table(runs: pd.DataFrame, suite: str) -> str:
     groups = {size: runs[(runs.experiment == "methods") & (runs["size"] == size)] for size in SIZES}
     groups["larger, corrupted teacher"] = runs[runs.experiment == "imperfect"]
     for name, rows in groups.items():
-        if several_seeds(rows):
-            parts = by_method(rows)
+        parts = by_method(rows)
+        if several_seeds(pd.concat(parts.values())):
             cells = {method: aggregate(each) for method, each in parts.items()}
             table.append([name, *(improvement(parts["ppd"], parts[x]) for x in baselines), number_of_runs(cells)])
     return markdown(["students", *(f"over {name}" for name in baselines), "tasks × seeds"], table)
@@ -356,7 +358,8 @@ def beside_reference(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
     """Return the reference's students of a task as fractions of their teacher, and ours in brackets, as a cell."""
     ours, cells = ours[ours.method == "ppd"], []
     for size in SIZES:
-        found = [fractions(rows[rows["size"] == size]) for rows in (theirs, ours)]
+        pair = comparable({0: theirs[theirs["size"] == size], 1: ours[ours["size"] == size]})
+        found = [fractions(rows) for rows in pair.values()]
         there, here = (f"{part[0].mean():.2f}" if part else "" for part in found)
         if there:
             cells.append(f"{size} {there}" + (f" ({here})" if here else ""))
@@ -475,20 +478,22 @@ def several_table(runs: pd.DataFrame) -> str:
 
 
 def adaptive_table(runs: pd.DataFrame, suite: str) -> str:
-    """Return students of corrupted teachers with λ that adapts, as fractions of the original; ± half a 95% interval."""
+    """Return students of corrupted teachers with λ that adapts, as fractions of the original; ± half a 95% interval.
+
+    The geometric means are over the tasks and seeds that all lines have.
+    """
     runs = runs[(runs.experiment == "adaptive") & (runs.suite == suite)]
-    tasks, table = sorted(runs.task.unique()), []
-
-    def line(label: str, rows: pd.DataFrame, player: str = "student") -> None:
-        each = [np.concatenate(fractions(rows[rows.task == task], player) or [np.zeros(0)]) for task in tasks]
-        table.append([label, *map(interval_cell, each), aggregate(rows, player)["geometric"]])
-
-    line("the corrupted teacher", runs.drop_duplicates(["task", "seed"]), "corrupted_teacher")
+    lines = {"the corrupted teacher": runs.drop_duplicates(["task", "seed"])}
     for method, what in (("ppd", "λ = {:g}"), ("ppd-decay", "λ falls with the return, from {:g}")):
         for value, rows in runs[runs.method == method].groupby("distill_coef"):
-            line(what.format(value), rows)
+            lines[what.format(value)] = rows
     if "ppd-pbt" in set(runs.method):
-        line("a population of these λ", runs[runs.method == "ppd-pbt"])
+        lines["a population of these λ"] = runs[runs.method == "ppd-pbt"]
+    tasks, table = sorted(runs.task.unique()), []
+    for (label, rows), common in zip(lines.items(), comparable(lines).values(), strict=True):
+        player = "student" if table else "corrupted_teacher"
+        each = [np.concatenate(fractions(rows[rows.task == task], player) or [np.zeros(0)]) for task in tasks]
+        table.append([label, *map(interval_cell, each), aggregate(common, player)["geometric"]])
     return markdown(["", *tasks, "geometric mean"], table)
 
 
@@ -568,8 +573,8 @@ def curves(folder: Path, runs: pd.DataFrame, column: str, labels: dict, name: st
                 axis.plot(steps, values.mean(0), color=color, linestyle=line, marker=marker, label=label,
                           markevery=(i * apart // len(labels), apart))
                 if few and len(found) > 1:
-                    axis.fill_between(steps, values.mean(0) - values.std(0), values.mean(0) + values.std(0),
-                                      color=color, alpha=0.15, linewidth=0)
+                    mean, deviation = values.mean(0), values.std(0, ddof=1)
+                    axis.fill_between(steps, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
             if len(each):
                 axis.errorbar(each.steps.max() * (1.05 + 0.035 * i), each.student_mean.mean(),
                               each.student_mean.std() if len(each) > 1 else None, color=color, marker=marker, capsize=2,
@@ -586,14 +591,17 @@ def profiles(folder: Path, runs: pd.DataFrame, name: str, title: str) -> bool:
 
     Bands are 95% intervals at each threshold by bootstrap over seeds, stratified by task.
     """
-    sizes = [size for size in SIZES if several_seeds(runs[runs["size"] == size])]
+    sizes = {}
+    for size in SIZES:
+        parts = by_method(runs[runs["size"] == size])
+        found = {method: fractions(rows) for method, rows in parts.items() if fractions(rows)}
+        if found and several_seeds(pd.concat(parts.values())):
+            sizes[size] = found
     if not sizes:
         return False
     figure, axes = plt.subplots(1, len(sizes), figsize=(PAGE, 2.7), squeeze=False, layout="constrained",
                                 sharex=True, sharey=True)
-    for axis, size in zip(axes.flat, sizes, strict=True):
-        found = {method: fractions(rows) for method, rows in by_method(runs[runs["size"] == size]).items()}
-        found = {method: parts for method, parts in found.items() if parts}
+    for axis, (size, found) in zip(axes.flat, sizes.items(), strict=True):
         thresholds = np.linspace(0, 1.02 * max(part.max() for parts in found.values() for part in parts), 301)
         for i, (method, parts) in enumerate(found.items()):
             color, line, marker = LOOKS[method]

@@ -193,6 +193,13 @@ def test_the_table_of_lambdas_that_adapt_by_hand():
         f"| a population of these λ | 1.20 ± {half:.2f} | 1.20 [1.10, 1.30] |"]
 
 
+def test_means_of_lambdas_that_adapt_are_over_the_same_tasks():
+    about = {"experiment": "adaptive", "suite": "gymnax", "size": "larger", "teacher_mean": 10.0, "corrupted_teacher_mean": 5.0, "command": ""}
+    runs = pd.DataFrame([about | {"task": task, "method": method, "distill_coef": 1.0, "student_mean": mean, "seed": 100}
+                         for task, method, mean in (("A", "ppd", 9.0), ("B", "ppd", 1.0), ("A", "ppd-decay", 9.0))])
+    assert [line.split(" | ")[-1] for line in report.adaptive_table(runs, "gymnax").splitlines()[3:]] == ["0.90 |", "0.90 |"]
+
+
 def start_grid(folder, extra, *flags):
     words = ["env", "--default-signal=INT",  # which is ignored where the tests run in the background
              sys.executable, "benchmark/grid.py", "--suite", "gymnax", "--task", "Breakout-MinAtar", "--size", "same", "--folder", str(folder)]
@@ -333,6 +340,26 @@ def test_rows_of_a_run_take_the_place_of_all_its_older_ones(tmp_path, monkeypatc
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"gymnax.csv", "curves"}
 
 
+def test_a_row_of_another_lambda_takes_its_place_too(tmp_path, monkeypatch):
+    """Where a run's name has no λ, it was given by --extra; where it has one, each λ has its row."""
+    for coef, kept in ((None, ["2.0"]), (0.5, ["1.0", "2.0"])):
+        run, args = grid.Run("lambda", "atari", "Qbert-v5", "ppd", "larger", 100, coef), grid.Args(folder=tmp_path / str(coef))
+        (args.folder / run.name).mkdir(parents=True)
+        (args.folder / run.name / "progress.csv").write_text("global_step,charts/episodic_return\n1,2.0\n")
+        for value in (1.0, 2.0):
+            row = {"experiment": "lambda", "suite": "atari", "task": run.task, "method": "ppd", "size": "larger", "seed": 100, "distill_coef": value}
+            monkeypatch.setattr(grid, "rows", lambda *_, row=row: [row])
+            grid.record(run, args)
+        assert [row["distill_coef"] for row in table(args.folder / "results/atari.csv")] == kept
+
+
+@pytest.mark.parametrize("flags", [{"extra": '"'}, {"folder": ROOT / "README.md"}])
+def test_flags_of_the_grid_that_cannot_be(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        grid.main(grid.Args(**flags))
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_folder_of_other_commands_is_refused(tmp_path, capsys):
     run, args = grid.Run("teachers", "gymnax", "Breakout-MinAtar", "ppo", "same", 100), grid.Args(folder=tmp_path)
     (tmp_path / f"{run.name}.command").write_text(grid.known_command(run, args))
@@ -411,6 +438,15 @@ def test_improvement_and_profiles_are_there_only_with_several_seeds(tmp_path):
     assert "mujoco-improvement" not in report.sections(runs[runs.seed == 100])
     assert report.profiles(tmp_path, runs, "profiles.png", "title") and (tmp_path / "profiles.png").stat().st_size > 10_000
     assert not report.profiles(tmp_path, runs[runs.seed == 100], "none.png", "title") and not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_intervals_need_several_seeds_that_all_methods_have(seed, tmp_path):
+    """PPD has two seeds, student-distill another or one of them: no interval and no profile of one seed or of none."""
+    rows = pd.DataFrame([{"experiment": "methods", "suite": "mujoco", "task": "A", "size": "same", "teacher_mean": 1.0, "student_mean": 1.0,
+                          "method": method, "seed": each} for method, each in (("ppd", 1), ("ppd", 2), ("student-distill", seed))])
+    assert len(report.improvement_table(rows, "mujoco").splitlines()) == 2
+    assert not report.profiles(tmp_path, rows, "none.png", "title")
 
 
 def test_the_reference_stands_beside_ours(tmp_path):

@@ -331,6 +331,14 @@ def test_torch_is_asked_for(tmp_path, capsys, monkeypatch):
     assert "pip install torch" in refusal(capsys, tmp_path / "agent.zip", "CartPole-v1", folder=tmp_path)
 
 
+@pytest.mark.parametrize(("env_id", "flag", "value"), [("Hopper-v4", "num_levels", 5), ("Pong-v5", "contact_forces", False),
+                                                       ("CartPole-v1", "frame_skip", 1)])
+def test_flags_of_another_suite_are_refused(env_id, flag, value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        import_teacher.main(import_teacher.Args("agent.zip", env_id, str(tmp_path / "out"), **{flag: value}))
+    assert stopped.value.code == 2 and f"--{flag.replace('_', '-')} is not for {env_id}" in capsys.readouterr().err
+
+
 def test_flags(tmp_path, capsys):
     (tmp_path / "there").touch()
     assert "it exists" in refusal(capsys, "agent.zip", "CartPole-v1", out="there", folder=tmp_path)

@@ -389,6 +389,17 @@ def test_tracking_gets_what_progress_csv_gets(tmp_path, tiny_teacher, tracker):
     assert tracker.rows == written and len(written) == 3
 
 
+@pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax])
+def test_tracking_that_fails_leaves_no_folder(m, tmp_path, tiny_teacher, tracker, monkeypatch, capsys):
+    monkeypatch.setattr(tracker, "init", lambda **_: 1 / 0)
+    folder = tmp_path / "run"
+    args = small_gymnax(folder, track=True) if m is ppd_gymnax else small(m, "Hopper-v4", folder, teacher=str(tiny_teacher), track=True)
+    with pytest.raises(SystemExit) as ended:
+        m.main(args)
+    assert ended.value.code == 2 and "error: --track: ZeroDivisionError" in capsys.readouterr().err
+    assert not folder.exists()
+
+
 class Killed(BaseException):
     """In place of SIGKILL."""
 
@@ -632,7 +643,8 @@ def test_a_model_card_says_what_was_measured(env_id, teachers, tmp_path, monkeyp
     measured = {"mean": -1.5, "std": 0.5, "games": 1, "returns": [-1.0, -2.0]} | levels
     monkeypatch.setattr(evaluate, "assess", lambda *_: measured)
     card = tmp_path / "card"
-    args = evaluate.Args(model=str(teachers(env_id)), episodes=2, card=str(card), video_seconds=0.5, seed=7)
+    sticky = {"repeat_action_probability": 0.25} if env_id == "Pong-v5" else {}
+    args = evaluate.Args(model=str(teachers(env_id)), episodes=2, card=str(card), video_seconds=0.5, seed=7, **sticky)
     evaluate.main(args)
     assert {path.name for path in card.iterdir()} == {"README.md", "model.safetensors", "evaluation.json", "replay.gif"}
     assert (card / "model.safetensors").read_bytes() == teachers(env_id).read_bytes()
@@ -643,11 +655,31 @@ def test_a_model_card_says_what_was_measured(env_id, teachers, tmp_path, monkeyp
     result, = model["results"]
     assert result["metrics"] == [{"type": "mean_reward", "name": "mean_reward", "value": "-1.50 +/- 0.50", "verified": False}]
     assert result["dataset"] == {"type": env_id, "name": env_id} and env_id in yaml.safe_load(head)["tags"]
-    assert "python evaluate.py model.safetensors --episodes 2 --seed 7" in text and "| -1.5 ± 0.5 | 2 | 1 |" in text
+    flags = " --repeat-action-probability 0.25" if sticky else ""
+    assert f"python evaluate.py model.safetensors --episodes 2 --seed 7{flags}\n" in text and "| -1.5 ± 0.5 | 2 | 1 |" in text
     assert ("| those of training | 4.2 ± 2.0 | 2 | 2 |" in text) == bool(levels)
     with pytest.raises(SystemExit):
         evaluate.main(args)
     assert "exists" in capsys.readouterr().err
+
+
+def test_what_a_model_says_of_its_task_is_all_that_reaches_the_simulator(tiny_teacher, monkeypatch):
+    about, arrays = ppd_mujoco.read_file(tiny_teacher)
+    about = about | {"variant": about["variant"] | {"noop_max": 0}, "command": "two\nlines \x1b[31m"}
+    monkeypatch.setattr(evaluate, "read_file", lambda path: (about, arrays))
+    read = evaluate.load_policy("model.safetensors")[0]
+    assert set(read["variant"]) == {"contact_forces"} and read["title"].endswith("two lines  [31m")
+
+
+@pytest.mark.parametrize(("env_id", "rate"), [("CartPole-v1", 25.0), ("Acrobot-v1", 5.0)])
+def test_a_film_of_gymnax_has_the_time_of_its_simulation(env_id, rate, monkeypatch):
+    """CartPole has steps of 0.02 s, of which every second is drawn, Acrobot of 0.2 s."""
+    envs = evaluate.GymnaxEnvs(env_id, 1, 0)
+    monkeypatch.setattr(envs, "render", lambda env_ids: [np.zeros((2, 2, 3), np.uint8)], raising=False)
+    monkeypatch.setattr(evaluate, "open_envs", lambda *_, **__: envs)
+    monkeypatch.setattr(evaluate, "make_policy_step", lambda *_: lambda observations, t: np.zeros(1, np.int32))
+    frames, found = evaluate.film({"env_id": env_id, "suite": "states", "library": "gymnax"}, None, None, 0, 1.0)
+    assert found == pytest.approx(rate) and len(frames) > 1
 
 
 def test_a_model_card_is_not_written_by_the_model(tiny_teacher, tmp_path, monkeypatch):
