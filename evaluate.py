@@ -99,8 +99,7 @@ KINDS = {"mujoco": ("mlp",), "states": ("mlp",), "minatar": ("mlp", "minatar"), 
 EPISODES = {"mujoco": 50, "atari": 50, "procgen": 200, "states": 100, "minatar": 100}
 SECONDS_PER_STEP = {  # of simulated time, for films, where a task says nothing else
     "Hopper": 0.008, "Humanoid": 0.015, "HumanoidStandup": 0.015, "InvertedPendulum": 0.04, "Reacher": 0.02,
-    "Swimmer": 0.04, "Walker2d": 0.008, "mujoco": 0.05, "procgen": 1 / 15, "states": 0.05, "minatar": 0.1,
-    "atari": 1 / 15}
+    "Swimmer": 0.04, "Walker2d": 0.008, "mujoco": 0.05, "procgen": 1 / 15, "states": 0.05, "minatar": 0.1}
 
 # Scores of a random and of a human player (Badia et al. 2020), for human-normalised scores
 HUMAN = {
@@ -612,13 +611,12 @@ def film(about: dict, policy: Policy, params: dict, seed: int, seconds: float) -
     env_id, suite = about["env_id"], about["suite"]
     envs = open_envs(about, 1, seed, "evaluation", render_mode="rgb_array")
     policy_step, observations, frames = make_policy_step(about, policy, params, seed), reset(envs), []
-    duration = SECONDS_PER_STEP[suite]
     if suite == "atari":
         duration = about["variant"]["frame_skip"] / 60
-    elif suite == "mujoco":
-        duration = SECONDS_PER_STEP.get(env_id.split("-")[0], duration)
     elif isinstance(envs, GymnaxEnvs):
-        duration = getattr(envs.params, "dt", None) or getattr(envs.params, "tau", None) or duration
+        duration = getattr(envs.params, "dt", None) or getattr(envs.params, "tau", None) or SECONDS_PER_STEP[suite]
+    else:
+        duration = SECONDS_PER_STEP.get(env_id.split("-")[0], SECONDS_PER_STEP[suite])
     every = max(1, round(0.04 / duration))
     for t in range(max(1, round(seconds / duration))):
         if t % every == 0:

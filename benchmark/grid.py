@@ -67,7 +67,8 @@ BEYOND = {"mujoco": ("ppd", "ppd-detached", "ppd-future", "ppd-mean-clip"),
           "gymnax": ("ppd", "ppd-detached", "ppd-future")}
 ADAPTIVE = ("ppd", "ppd-decay", "ppd-pbt")  # of corrupted teachers, each with several λ
 # A teacher corrupted by one noise, by another, and both together with the same sum of λ
-SEVERAL = {"mujoco": {task: ("ppd", "ppd-second", "ppd-both") for task in ("HalfCheetah-v4", "Ant-v4")}}
+SEVERAL = ("ppd", "ppd-second", "ppd-both")
+SEVERAL_TASKS = {"mujoco": ("HalfCheetah-v4", "Ant-v4")}
 PRIOR = "CoinrunEasy-v0"  # the game whose teacher is a prior for students of others, beside students without a teacher
 PRIORS = {"procgen": ("JumperEasy-v0", "NinjaEasy-v0")}
 STUDENT_SEEDS = (100, 200, 300)
@@ -142,7 +143,7 @@ def experiments(suite: str) -> Iterator[Run]:
         yield from (Run("beyond", suite, task, method, size, seed) for task in TASKS[suite]
                     for size in ("smaller", "larger") for method in BEYOND.get(suite, ()))
         yield from (Run("several", suite, task, method, "larger", seed)
-                    for task, methods in SEVERAL.get(suite, {}).items() for method in methods)
+                    for task in SEVERAL_TASKS.get(suite, ()) for method in SEVERAL)
     if suite == "gymnax":
         yield from (Run("adaptive", suite, task, method, "larger", SEEDS[0])
                     for task in TASKS[suite] for method in ADAPTIVE)
@@ -207,19 +208,24 @@ class Args:
 # ======================================================================================================================
 
 
+def shipped_path(teacher: Run) -> str:
+    """Where the teacher that a run would make lies if it is shipped, within the repository."""
+    return f"teachers/{teacher.task}__{teacher.seed}.safetensors"
+
+
 def made_teacher(run: Run) -> Run | None:
     """The run of the grid that a student's teacher comes from; none where its teacher is shipped.
 
     The shipped teachers of images are small ones, for the experiments at CPU scale alone.
     """
-    shipped = run.teacher and (ROOT / f"teachers/{run.teacher.task}__{run.teacher.seed}.safetensors").exists()
+    shipped = run.teacher and (ROOT / shipped_path(run.teacher)).exists()
     return None if shipped and (run.suite == "mujoco" or run.experiment.startswith("cpu")) else run.teacher
 
 
 def teacher_path(run: Run, args: Args) -> str:
     """Where a student's teacher is or will be: shipped, or made by the grid; of gymnax, a folder with one a seed."""
     if made_teacher(run) is None:
-        return f"teachers/{run.teacher.task}__{run.teacher.seed}.safetensors"
+        return shipped_path(run.teacher)
     return str(args.folder / run.teacher.name) + ("" if run.suite == "gymnax" else "/teacher.safetensors")
 
 

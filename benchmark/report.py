@@ -137,6 +137,11 @@ def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> l
     return [each.to_numpy() for _, each in found.groupby("task").fraction]
 
 
+def fractions_of(rows: pd.DataFrame, task: str, player: str = "student") -> np.ndarray:
+    """Return such fractions of one task, [seeds], of which there may be none."""
+    return np.concatenate([np.zeros(0), *fractions(rows[rows.task == task], player)])
+
+
 def aggregate(rows: pd.DataFrame, player: str = "student", split: str = "") -> dict[str, str]:
     """Return geometric mean, interquartile mean and number of runs, as cells; intervals need more than one seed."""
     parts = fractions(rows, player, split)
@@ -459,8 +464,7 @@ def beyond_table(runs: pd.DataFrame, suite: str) -> str:
     for size, rows in sorted(runs.groupby("size"), reverse=True):
         parts = {name: rows[rows.method == name] for name in names}
         for task in sorted(rows.task.unique()):
-            found = [np.concatenate(fractions(each[each.task == task]) or [np.zeros(0)]) for each in parts.values()]
-            table.append([size, task, *map(interval_cell, found)])
+            table.append([size, task, *(interval_cell(fractions_of(each, task)) for each in parts.values())])
         table.append([size, "geometric mean", *(aggregate(each)["geometric"] for each in comparable(parts).values())])
     return markdown(["students", "task", *(VARIANTS[name] for name in names)], table)
 
@@ -472,7 +476,7 @@ def several_table(runs: pd.DataFrame) -> str:
     for task in sorted(runs.task.unique()):
         cells = [(parts["ppd"], "corrupted_teacher"), (parts["ppd-second"], "corrupted_teacher"),
                  *((rows, "student") for rows in parts.values())]
-        found = [np.concatenate(fractions(rows[rows.task == task], player) or [np.zeros(0)]) for rows, player in cells]
+        found = [fractions_of(rows, task, player) for rows, player in cells]
         table.append([task, *(f"{x.mean():.2f}" if len(x) else "" for x in found[:2]), *map(interval_cell, found[2:])])
     return markdown(["task", "teacher A", "teacher B", "student of A", "of B", "of both"], table)
 
@@ -492,8 +496,8 @@ def adaptive_table(runs: pd.DataFrame, suite: str) -> str:
     tasks, table = sorted(runs.task.unique()), []
     for (label, rows), common in zip(lines.items(), comparable(lines).values(), strict=True):
         player = "student" if table else "corrupted_teacher"
-        each = [np.concatenate(fractions(rows[rows.task == task], player) or [np.zeros(0)]) for task in tasks]
-        table.append([label, *map(interval_cell, each), aggregate(common, player)["geometric"]])
+        each = (interval_cell(fractions_of(rows, task, player)) for task in tasks)
+        table.append([label, *each, aggregate(common, player)["geometric"]])
     return markdown(["", *tasks, "geometric mean"], table)
 
 
@@ -594,7 +598,7 @@ def profiles(folder: Path, runs: pd.DataFrame, name: str, title: str) -> bool:
     sizes = {}
     for size in SIZES:
         parts = by_method(runs[runs["size"] == size])
-        found = {method: fractions(rows) for method, rows in parts.items() if fractions(rows)}
+        found = {method: each for method, rows in parts.items() if (each := fractions(rows))}
         if found and several_seeds(pd.concat(parts.values())):
             sizes[size] = found
     if not sizes:
