@@ -1,6 +1,8 @@
 """Makes the scripts importable, keeps the tests on the CPU, where they are exact, and compiles each program only once."""
 
 import csv
+import functools
+import gc
 import importlib.util
 import os
 import signal
@@ -10,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache/jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small programs are many
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # the tests compile more than they compute
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # over which ppd_gymnax.py spreads its seeds
 sys.path.insert(0, str(ROOT))
@@ -25,6 +27,9 @@ import ppd_procgen  # noqa: E402
 import student_distill  # noqa: E402
 import teacher_distill  # noqa: E402
 import train_teacher  # noqa: E402
+
+gc.freeze()  # what is imported lasts, and need not be looked through time and again
+envpool.make_spec = functools.lru_cache(envpool.make_spec)  # Atari's loads the game each time
 
 try:
     envpool.make_gymnasium("CoinrunEasy-v0", num_envs=1).close()
