@@ -59,6 +59,12 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
         return
     elif "kl" in result:  # benchmark/pixels.py
         figures, lines = [f"{x['first']:.3f} to {x['last']:.3f}" for x in result["kl"].values()], rows(result["env_id"])
+    elif "hidden_units" in result:  # benchmark/hidden_units.py
+        for env_id, found in result["hidden_units"].items():
+            cells = [f"{found[0]['contrast']:.2f}"] if len(found) == 1 else []
+            cells += [f"{x['alive']:.0%}, {x['logits']:.4f}" if len(found) > 1 else f"{x['alive']:.0%}" for x in found]
+            assert f"| {env_id} | {' | '.join(cells)} |" in LINES, cells
+        return
     elif "resume" in result:  # benchmark/resume.py
         for word, mean in (("unbroken", result["means"]["unbroken"]), ("half-way and resumed", result["means"]["resumed"])):
             assert any(f"{mean:.3f}" in line for line in rows(word)), mean
