@@ -94,6 +94,14 @@ def test_the_one_level_table_is_that_of_the_raw_curves(method, word):
     assert rows(word) == [next(row for row in rows(word) if row.endswith(f"| {cells[0]} | {cells[1]} |"))]
 
 
+@pytest.mark.parametrize(("name", "word"), [("paper", "the paper's hyperparameters"), ("usual", "those usual on Atari")])
+def test_the_runs_on_pong_ended_where_the_page_says(name, word):
+    with open(ROOT / f"benchmark/results/pixels/pong_ppo_{name}.csv", newline="") as file:
+        *_, last = csv.DictReader(file)
+    found = f"| {word} | {int(last['global_step']):,} | {float(last['charts/episodic_return']):.1f} |"
+    assert any(row.startswith(found) for row in rows(word)), found
+
+
 def test_the_effect_of_the_detached_weight_is_that_of_the_raw_results():
     """Means over seeds in the prose, wherever they stand."""
     for env_id in ("HalfCheetah-v4", "Humanoid-v4"):
