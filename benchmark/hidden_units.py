@@ -55,8 +55,8 @@ def look(policy: m.Policy, params: dict, images: np.ndarray) -> dict[str, float]
 
 def learn(args: Args, env_id: str) -> list[dict[str, float]]:
     """Learn a game and look at the units on the way."""
-    flags = m.Args(env_id=env_id, size="smaller", seed=args.seed, learning_rate=args.learning_rate, num_devices=1)
-    flags = m.resolve(flags if args.num_steps is None else dataclasses.replace(flags, num_steps=args.num_steps))
+    flags = m.resolve(m.Args(env_id=env_id, size="smaller", seed=args.seed, learning_rate=args.learning_rate,
+                             num_steps=args.num_steps, num_devices=1))
     variant = {name: getattr(flags, name) for name in m.VARIANTS["atari"]}
     envs = m.make_envs(env_id, flags.num_envs, flags.seed, variant, "training")
     action_dim, found = int(envs.action_space.n), []
@@ -70,7 +70,8 @@ def learn(args: Args, env_id: str) -> list[dict[str, float]]:
         rollout = m.collect(envs, cursor, act, flags.num_steps)
         if iteration in args.updates:
             images = rollout.observations[:-1].reshape(-1, *rollout.observations.shape[2:])
-            row = {"steps": iteration * flags.batch_size} | look(networks.policy, params, images[:: len(images) // 400])
+            images = images[:: max(1, len(images) // 400)]
+            row = {"steps": iteration * flags.batch_size} | look(networks.policy, params, images)
             found.append(row)
             print(f"{env_id:<18} after {row['steps']:>7,} steps: contrast {row['contrast']:.3f}, "
                   f"alive {row['alive']:.0%}, logits {row['logits']:.4f}", flush=True)

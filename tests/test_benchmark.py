@@ -203,8 +203,7 @@ def test_means_of_lambdas_that_adapt_are_over_the_same_tasks():
 def start_grid(folder, extra, *flags):
     words = ["env", "--default-signal=INT",  # which is ignored where the tests run in the background
              sys.executable, "benchmark/grid.py", "--suite", "gymnax", "--task", "Breakout-MinAtar", "--size", "same", "--folder", str(folder)]
-    env = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return subprocess.Popen([*words, f"--extra={extra}", *flags], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    return subprocess.Popen([*words, f"--extra={extra}", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True)
 
 

@@ -61,8 +61,10 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
         figures, lines = [f"{x['first']:.3f} to {x['last']:.3f}" for x in result["kl"].values()], rows(result["env_id"])
     elif "hidden_units" in result:  # benchmark/hidden_units.py
         for env_id, found in result["hidden_units"].items():
-            cells = [f"{found[0]['contrast']:.2f}"] if len(found) == 1 else []
-            cells += [f"{x['alive']:.0%}, {x['logits']:.4f}" if len(found) > 1 else f"{x['alive']:.0%}" for x in found]
+            if len(found) == 1:  # untrained
+                cells = [f"{found[0]['contrast']:.2f}", f"{found[0]['alive']:.0%}"]
+            else:
+                cells = [f"{x['alive']:.0%}, {x['logits']:.4f}" for x in found]
             assert f"| {env_id} | {' | '.join(cells)} |" in LINES, cells
         return
     elif "resume" in result:  # benchmark/resume.py
