@@ -1049,18 +1049,21 @@ def resolve(args: Args) -> Args:
 # ======================================================================================================================
 
 
-def warn_if_slow(args: Args, policy: Policy, params: dict, observations: np.ndarray) -> None:
+def warn_if_slow(args: Args, first: int, policy: Policy, params: dict, observations: np.ndarray) -> None:
     """Say at once if learning from images will take hours, as there is no GPU: at 5e10 operations a second and core.
 
-    params: of the policy, whose passes and the value's cost the same; observations: [N, ...], of any task.
+    first: updates that are done; params: of the policy, whose passes and the value's cost the same; observations:
+    [N, ...], of any task.
     """
     if jax.default_backend() != "cpu" or observations.dtype != np.uint8:
         return
     operations = jax.jit(policy.apply).lower(params, observations[:1]).cost_analysis()["flops"]
     passes = 4 + 6 * args.update_epochs  # acting, teacher, log-probabilities, values; gradients cost 3
-    hours = args.total_timesteps * passes * operations / (5e10 * args.num_devices) / 3600
+    steps = args.total_timesteps - first * args.batch_size
+    hours = steps * passes * operations / (5e10 * args.num_devices) / 3600
     if hours > 3:
-        print(f"without a GPU this takes about {hours:.0f} hours; try --student-size smaller", file=sys.stderr)
+        hint = "" if args.student_size == "smaller" else "; try --student-size smaller"
+        print(f"without a GPU this takes about {hours:.0f} hours{hint}", file=sys.stderr)
 
 
 def check_finite(metrics: dict[str, float], iteration: int, folder: Path) -> None:
@@ -1093,7 +1096,7 @@ def main(args: Args) -> dict[str, float]:
             cursor.finished.extend(map(float, saved["finished"]))
         state = state._replace(discounted=jnp.zeros(args.num_envs))  # its episodes are gone with the simulator
         print(saved["note"], file=sys.stderr)
-    warn_if_slow(args, networks.policy, state.params["policy"], cursor.observations)
+    warn_if_slow(args, first, networks.policy, state.params["policy"], cursor.observations)
     state = jax.device_put(state, replicated(args.num_devices))  # as `update` returns it, or that would compile twice
 
     run = Run(args, saved)

@@ -54,7 +54,9 @@ def look(policy: m.Policy, params: dict, images: np.ndarray) -> dict[str, float]
 
 
 def learn(args: Args, env_id: str) -> list[dict[str, float]]:
-    """Learn a game and look at the units on the way."""
+    """Learn a game and look at the units on the way; end the program for a task that is no Atari game."""
+    if m.suite_of(env_id) != "atari":
+        m.fail(f"{env_id} is no Atari game, whose images this is about")
     flags = m.resolve(m.Args(env_id=env_id, size="smaller", seed=args.seed, learning_rate=args.learning_rate,
                              num_steps=args.num_steps, num_devices=1))
     variant = {name: getattr(flags, name) for name in m.VARIANTS["atari"]}

@@ -1,5 +1,6 @@
 """The paper's default of every hyperparameter, for every task and script, in one table (appendix A)."""
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, needs_procgen
@@ -131,3 +132,19 @@ def test_sticky_actions_reach_the_simulator(m):
         m.reset(envs)
         seen.append([m.step(envs, rng.integers(0, 6, 1).astype(np.int32))[0].sum() for _ in range(60)])
     assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.parametrize("m", [train_teacher, ppd_atari, student_distill])
+def test_a_run_that_will_take_hours_without_a_gpu_says_so_at_once(m, capsys):
+    def told(size, first, dtype=np.uint8):
+        flag = "size" if m is train_teacher else "student_size"
+        args = m.resolve(m.Args(env_id="Pong-v5", total_timesteps=10**7, num_devices=1, **{flag: size}))
+        policy, x = m.Policy(args.network, 6), np.zeros((18, 4, 84, 84), dtype)
+        params = jax.eval_shape(policy.init, jax.random.PRNGKey(0), x[0])
+        m.warn_if_slow(args, round(first * args.num_updates), policy, params, x)
+        return capsys.readouterr().err
+
+    whole, rest = (float(told("same", first).split()[6]) for first in (0, 0.5))
+    assert whole > 20 and rest == pytest.approx(whole / 2, abs=1)
+    assert told("same", 0).endswith("-size smaller\n") and not told("same", 1) and not told("same", 0, np.float32)
+    assert told("smaller", 0).endswith(" hours\n")  # nothing smaller is left to try
