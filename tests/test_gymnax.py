@@ -173,7 +173,7 @@ def test_the_convolution_of_patches_is_a_convolution():
 
 
 @pytest.mark.parametrize(("env_id", "method"), [
-    ("Breakout-MinAtar", "ppd"), ("Pendulum-v1", "teacher-distill"), ("CartPole-v1", "student-distill")])
+    ("Breakout-MinAtar", "ppd"), ("Pendulum-v1", "teacher-distill")])
 def test_a_run_leaves_what_it_promises(env_id, method, tmp_path, capsys):
     folder = tmp_path / "run"
     found = m.main(small(folder, env_id=env_id, method=method, teacher_noise_std=0.1, num_steps=16 if method == "ppd" else 5))
@@ -193,8 +193,8 @@ def test_a_run_leaves_what_it_promises(env_id, method, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "corrupted teacher" in out and str(folder) in out
     film = {"video": str(tmp_path / "film.gif"), "video_seconds": 2} if env_id == "Breakout-MinAtar" else {}
-    for name in sorted(models)[::2]:
-        again = evaluate.main(evaluate.Args(model=str(folder / name), episodes=3, **film))
+    for name, flags in (("teacher_100.safetensors", {}), ("student_100.safetensors", film)):
+        again = evaluate.main(evaluate.Args(model=str(folder / name), episodes=3, **flags))
         assert np.isfinite(again["mean"])
     if film:
         frames = evaluate.imageio.imread(film["video"])
@@ -209,9 +209,9 @@ def test_by_default_the_teacher_has_no_noise_and_the_table_two_rows(tmp_path, ca
     assert set(json.loads((tmp_path / "run/results.json").read_text())["results"]) == {"teacher", "student"}
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Breakout-MinAtar"])
-def test_seeds_side_by_side_are_the_same_seeds_alone(env_id, tmp_path):
+def test_seeds_side_by_side_are_the_same_seeds_alone(tmp_path):
     """The same actions at first, and the same parameters and losses to float32's tolerance."""
+    env_id = "Breakout-MinAtar"
     args = m.resolve(small(tmp_path / "x", env_id=env_id))
     networks = m.make_networks(env_id, args.network)
     states = [m.init_state(args, networks, seed) for seed in (100, 101)]
@@ -366,8 +366,10 @@ def test_the_teacher_acts_in_teacher_distill_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(m, "collect", lambda args, policy, *rest: acting.append(policy.network.hidden) or collect(args, policy, *rest))
     for method, expected in (("teacher-distill", (64, 64)), ("student-distill", (8,)), ("ppd", (8,))):
         acting.clear()
-        m.main(small(tmp_path / method, method=method, num_steps=5 if method != "ppd" else 16, seed=hash(method) % 1000))
+        m.main(small(tmp_path / method, method=method, num_steps=5 if method != "ppd" else 16, seed=7000))
         assert acting[-1] == expected
+        students = [row for row in rows(tmp_path / method) if row["phase"] == "student"]
+        assert students and all(np.isfinite(float(row["losses/teacher_kl"])) for row in students)
 
 
 @pytest.mark.parametrize("method", ["ppd", "teacher-distill"])
@@ -375,8 +377,8 @@ def test_a_student_comes_to_its_teacher(method, tmp_path):
     """With rewards of no weight (γ and learning from returns aside) the divergence falls by 80% and more."""
     flags = {"num_steps": 16, "distill_coef": (20.0,)} if method == "ppd" else {"num_steps": 5}
     m.main(small(tmp_path / "run", env_id="CartPole-v1", method=method, teacher_timesteps=20_000, total_timesteps=20_000,
-                 student_hidden=(32,), num_envs=16, num_parts=20, **flags))
-    kl = [float(row["losses/teacher_kl"]) for row in rows(tmp_path / "run") if row["phase"] == "student" and row["seed"] == "100"]
+                 student_hidden=(32,), num_seeds=1, num_envs=16, num_parts=20, **flags))
+    kl = [float(row["losses/teacher_kl"]) for row in rows(tmp_path / "run") if row["phase"] == "student"]
     assert kl[-1] < 0.2 * kl[0]
 
 
@@ -391,10 +393,10 @@ def test_ppo_learns_to_balance_and_both_scripts_evaluate_alike(tmp_path):
     assert again["mean"] == pytest.approx(results["student"]["mean"], abs=5 * error + 1e-3)
 
 
-@pytest.mark.parametrize("beyond", [{}, {"pbt_interval": 1, "distill_coef_decay": "return", "distill_future_coef": 0.5}])
-def test_a_signal_saves_and_the_run_goes_on_to_the_bit(beyond, tmp_path, monkeypatch, capsys):
+def test_a_population_goes_on_to_the_bit(tmp_path, monkeypatch, capsys):
     """Stopped in the teacher's training and again in the student's, it gives the very students of the unbroken run."""
-    flags = {"total_timesteps": 10 * 64, "teacher_timesteps": 10 * 64, "num_parts": 5, "distill_coef": (0.5, 2.0)} | beyond
+    flags = {"total_timesteps": 10 * 64, "teacher_timesteps": 10 * 64, "num_parts": 5, "distill_coef": (0.5, 2.0),
+             "pbt_interval": 1, "distill_coef_decay": "return", "distill_future_coef": 0.5}
     m.main(small(tmp_path / "whole", **flags))
     train, folder = m.train, tmp_path / "cut"
     args = small(folder, **flags)
@@ -418,7 +420,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(beyond, tmp_path, monkeyp
         args = m.parse_args(["--resume", str(folder)])
     assert {row["phase"] for row in rows(folder)} == {"teacher", "student"}
     m.main(args)
-    for name in ("teacher_100", *(("student_100", "student_101") if beyond else ("student_0.5_100", "student_2_101"))):
+    for name in ("teacher_100", "student_100", "student_101"):
         a, b = (m.read_file(tmp_path / run / f"{name}.safetensors")[1] for run in ("whole", "cut"))
         assert a.keys() == b.keys() and all(np.array_equal(a[each], b[each]) for each in a), name
     a, b = ([{k: v for k, v in row.items() if k not in ("seconds", "charts/SPS")} for row in rows(tmp_path / run)]

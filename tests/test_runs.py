@@ -27,7 +27,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import PPD, ROOT, RUNS, checkpoints, go_on, needs_procgen, on, rows, small, small_gymnax, words
+from conftest import EVERYWHERE, ROOT, RUNS, checkpoints, go_on, needs_procgen, on, rows, small, small_gymnax, words
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import evaluate
@@ -172,7 +172,8 @@ def test_a_run_leaves_what_it_promises(m, env_id, finished):
         assert again["mean"] == run.numbers[role]
 
 
-@pytest.mark.parametrize(("m", "env_id"), RUNS)
+@pytest.mark.parametrize(("m", "env_id"), [
+    *on(train_teacher, *EVERYWHERE), *on(ppd_mujoco, "Hopper-v4"), *on(ppd_procgen, "CoinrunEasy-v0"), *on(student_distill, "Hopper-v4")])
 def test_the_same_seed_gives_the_same_run_to_the_bit(m, env_id, finished, tmp_path, teachers, monkeypatch):
     """In the same folder, so that nothing is compiled anew; another seed begins with other weights and in other games."""
     run, update, begun = finished(m, env_id), m.update, []
@@ -493,18 +494,16 @@ def test_imperfect_teachers_everywhere(m, env_id, tmp_path, teachers, monkeypatc
 # Evaluation and environments -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("m", "env_id"), [*on(evaluate, "Hopper-v4", "Pong-v5", "CoinrunEasy-v0"), *PPD])
+@pytest.mark.parametrize(("m", "env_id"), on(evaluate, *EVERYWHERE))
 def test_evaluation_counts_the_first_episode_of_each_environment(m, env_id, teachers):
     """The same games played one by one, each alone, give the same returns; envpool seeds environment i with seed + i."""
     if env_id == "Hopper-v4":
-        path = str(teachers(env_id))
-        policy, params = (m.load_policy(path) if m is evaluate else m.load_teacher(m.Args(teacher=path)))[1:]
+        policy, params = m.load_policy(str(teachers(env_id)))[1:]
         policy_step = lambda x, t: m.act_deterministic(policy, params["policy"], params["obs_stats"], x)  # noqa: E731
     else:
         policy_step = lambda x, t: (x[:, 0, 20, 20].astype(np.int32) + t // 7) % 6  # noqa: E731
-    rest = {ppd_procgen: [True], evaluate: ["evaluation"]}.get(m, [])
-    together = m.evaluate(m.make_envs(env_id, 3, 7, variant(env_id), *rest), policy_step)
-    alone = [m.evaluate(m.make_envs(env_id, 1, 7 + i, variant(env_id), *rest), policy_step)["returns"][0] for i in range(3)]
+    together = m.evaluate(m.make_envs(env_id, 3, 7, variant(env_id), "evaluation"), policy_step)
+    alone = [m.evaluate(m.make_envs(env_id, 1, 7 + i, variant(env_id), "evaluation"), policy_step)["returns"][0] for i in range(3)]
     np.testing.assert_allclose(together["returns"], alone, rtol=1e-4)
     assert together["mean"] == pytest.approx(np.mean(alone), rel=1e-4) and together["std"] == pytest.approx(np.std(alone), rel=1e-3)
 
