@@ -1,6 +1,6 @@
 """Proximal Policy Distillation (PPD) on Atari: a student learns by PPO from its own experience, pulled to its teacher.
 
-    python ppd_atari.py --teacher runs/.../teacher.safetensors --student-size larger
+    python ppd_atari.py --env-id CrazyClimber-v5 --student-size smaller
 
 Each iteration collects a rollout with the student, estimates advantages A, and over epochs of shuffled minibatches
 
@@ -90,7 +90,7 @@ class Args:
     """All flags."""
 
     # Task
-    env_id: str | None = None  # Atari game, by envpool's name; by default the teacher's, or Pong-v5
+    env_id: str | None = None  # Atari game, by envpool's name; by default the teacher's, or CrazyClimber-v5
     frame_skip: int | None = None  # frames for which an action is repeated; by default as in the teacher's training
     repeat_action_probability: float | None = None  # probability of sticky actions; by default the teacher's
     seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
@@ -882,7 +882,7 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
 
     End the program if there is no such file, if it is not what it says, or if it does not fit the task.
     """
-    env_id = args.env_id or (None if args.teacher else "Pong-v5")
+    env_id = args.env_id or (None if args.teacher else "CrazyClimber-v5")
     shipped = Path(__file__).parent / f"teachers/{env_id}__100.safetensors"
     path, prefix = args.resume or args.teacher or shipped, "teacher/" if saved else ""
     if env_id:

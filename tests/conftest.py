@@ -42,7 +42,8 @@ needs_procgen = pytest.mark.skipif(not HAS_PROCGEN, reason="Procgen needs Qt: ap
 
 
 def pytest_collection_modifyitems(items):
-    """Skips what is marked with sb3 where it is not installed."""
+    """Puts first what waits most, and skips what is marked with sb3 where it is not installed."""
+    items.sort(key=lambda item: item.path.name != "test_slurm.py")
     for item in items if LACKS else ():
         if item.get_closest_marker("sb3"):
             item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(LACKS)}: pip install -r requirements-sb3.txt"))

@@ -134,6 +134,12 @@ def test_sticky_actions_reach_the_simulator(m):
     assert seen[0] == seen[1] != seen[2]
 
 
+@pytest.mark.parametrize("m", [*PPD, student_distill, teacher_distill])
+def test_without_a_flag_a_shipped_teacher_teaches(m):
+    teacher = m.load_teacher(m.Args())
+    assert teacher.about["role"] == "teacher" and teacher.about["env_id"] in PPD.get(m, MUJOCO)
+
+
 @pytest.mark.parametrize("m", [train_teacher, ppd_atari, student_distill])
 def test_a_run_that_will_take_hours_without_a_gpu_says_so_at_once(m, capsys):
     def told(size, first, dtype=np.uint8):
