@@ -1086,12 +1086,15 @@ def evaluate(envs: Any, policy_step: Callable) -> dict[str, Any]:
     observations, t = reset(envs), 0
     returns, running = np.zeros(len(observations)), np.ones(len(observations), bool)
     histories = [0] * len(observations)
+    bar = trange(len(observations), desc="evaluation", unit="episode", leave=False, disable=None)  # on a terminal only
     while running.any():
         histories = [zlib.crc32(x, h) if on else h for x, h, on in zip(observations, histories, running, strict=True)]
         observations, rewards, _, _, ends = step(envs, np.asarray(policy_step(observations, t)))
         returns += np.where(running, rewards, 0.0)
+        bar.update(int((running & ends).sum()))
         running &= ~ends
         t += 1
+    bar.close()
     envs.close()
     return {"mean": float(returns.mean()), "std": float(returns.std()), "games": len(set(histories)),
             "returns": returns.tolist()}

@@ -508,8 +508,10 @@ def test_evaluation_counts_the_first_episode_of_each_environment(m, env_id, teac
     assert together["mean"] == pytest.approx(np.mean(alone), rel=1e-4) and together["std"] == pytest.approx(np.std(alone), rel=1e-3)
 
 
-def test_evaluation_says_how_many_games_differ():
+def test_evaluation_says_how_many_games_differ(monkeypatch):
     """Four environments of which the first and the last see the same; what comes after an episode's end does not count."""
+    ended = []
+    monkeypatch.setattr(ppd_mujoco, "trange", lambda total, **_: SimpleNamespace(update=ended.append, close=lambda: ended.append(total)))
 
     class Envs:
         action_space = SimpleNamespace(low=-1.0, high=1.0, dtype=np.float32)
@@ -529,6 +531,7 @@ def test_evaluation_says_how_many_games_differ():
 
     found = ppd_mujoco.evaluate(Envs(), lambda x, t: np.zeros((4, 1), np.float32))
     assert found == {"mean": 2.0, "std": 0.0, "games": 3, "returns": [2.0] * 4}
+    assert ended == [0, 4, 4]  # the bar of a terminal
 
 
 def test_envpool_gives_phantoms_and_collect_marks_them():
