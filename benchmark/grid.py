@@ -50,8 +50,7 @@ SIZES = ("smaller", "same", "larger")
 CPU_TASKS = {"procgen": TASKS["procgen"], "atari": ("CrazyClimber-v5",)}  # images with networks that a CPU can train
 # Nature-CNN with the 64 units of its teacher, or with 512
 CPU_SIZES = {"smaller": (), "smaller-512": ("--student-hidden", "512")}
-CPU_TEACHER = {"procgen": ("--size", "smaller", "--total-timesteps", "3000000"),
-               "atari": ("--size", "smaller", "--total-timesteps", "1000000")}
+CPU_TEACHER_TIMESTEPS = {"procgen": "3000000", "atari": "1000000"}
 CPU_STUDENT = {"procgen": (), "atari": ("--total-timesteps", "1000000")}
 NOISE_STD = {"imperfect": 0.05, "cpu-imperfect": 0.05, "adaptive": 0.05,  # of corrupted teachers, by experiment
              "several": 0.02}  # MuJoCo's are left with little of their return by 0.05
@@ -236,7 +235,7 @@ def command(run: Run, args: Args) -> list[str]:
     if run.suite == "gymnax":
         words += [*GYMNAX, "--method", "ppd" if run.method in VARIANTS else run.method]
     if run.experiment == "cpu-teachers":
-        words += CPU_TEACHER[run.suite]
+        words += ["--size", "smaller", "--total-timesteps", CPU_TEACHER_TIMESTEPS[run.suite]]
     if run.method != "ppo":
         size = run.size.partition("-")[0]
         words += ["--teacher", *[teacher_path(run, args)] * (2 if run.method == "ppd-both" else 1)]

@@ -63,7 +63,7 @@ def main(args: Args) -> dict:
                   f"{found[-1]['ratio']['noise'] / found[-1]['ratio']['signal']:.2f} with the gradient through r, "
                   f"{found[-1]['detached']['noise'] / found[-1]['detached']['signal']:.2f} without")
         if iteration < max(args.updates):
-            state = m.update(flags, networks, teacher.params, state._replace(key=key), rollout, flags.distill_coef)[0]
+            state, _ = m.update(flags, networks, teacher.params, state._replace(key=key), rollout, flags.distill_coef)
     about["variance"] = found
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)

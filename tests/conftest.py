@@ -102,6 +102,11 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
+def without_timing(folder):
+    """The rows of a run, but for what differs each time."""
+    return [{name: value for name, value in row.items() if name not in ("seconds", "charts/SPS")} for row in rows(folder)]
+
+
 def checkpoints(folder):
     """From the oldest to the newest."""
     return sorted(Path(folder).glob("checkpoint_*.safetensors"))

@@ -27,7 +27,20 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import EVERYWHERE, ROOT, RUNS, checkpoints, go_on, needs_procgen, on, rows, small, small_gymnax, words
+from conftest import (
+    EVERYWHERE,
+    ROOT,
+    RUNS,
+    checkpoints,
+    go_on,
+    needs_procgen,
+    on,
+    rows,
+    small,
+    small_gymnax,
+    without_timing,
+    words,
+)
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import evaluate
@@ -44,7 +57,6 @@ BASELINES = (student_distill, teacher_distill)
 SCRIPTS = [(train_teacher, "Hopper-v4"), (ppd_mujoco, "Hopper-v4"), (ppd_atari, "Pong-v5"),
            pytest.param(ppd_procgen, "CoinrunEasy-v0", marks=needs_procgen), (student_distill, "Hopper-v4"), (teacher_distill, "Hopper-v4")]
 VARIANT = {"contact_forces": True, "frame_skip": 4, "repeat_action_probability": 0.0, "start_level": 0, "num_levels": 200}
-TIMING = ("seconds", "charts/SPS")
 
 
 def variant(env_id, **flags):
@@ -52,10 +64,6 @@ def variant(env_id, **flags):
     names = ("contact_forces",) if env_id.endswith("v4") else ("frame_skip", "repeat_action_probability") if env_id.endswith("v5") else (
         "start_level", "num_levels")
     return {name: VARIANT[name] for name in names} | flags
-
-
-def without_timing(folder):
-    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows(folder)]
 
 
 def steps(folder):
