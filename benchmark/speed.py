@@ -65,6 +65,8 @@ class Args:
     """what is measured"""
     rounds: int = 3
     """rounds, of which the medians are given"""
+    longer: int = 1
+    """times as many steps in each measurement: where a GPU learns, a few updates take no time"""
     reference: str | None = None
     """folder of a checkout of sb3_distill to measure as well"""
     reference_python: str = sys.executable
@@ -285,7 +287,7 @@ def measure_reference(case: Case, folder: str) -> dict[str, float]:
 
     width = {"smaller": 128, "same": 256, "larger": 512}[case.size]
     flags = (mlp(width) if states else images) | {
-        "env": envs, "n_steps": num_steps(case), "gamma": 0.999, "learning_rate": 3e-4, "device": "cpu"}
+        "env": envs, "n_steps": num_steps(case), "gamma": 0.999, "learning_rate": 3e-4}
     several = {"batch_size": 384, "n_epochs": 4, "gae_lambda": 0.9, "ent_coef": 0.0}
     if case.script == "train_teacher":
         model = PPO(**flags, **several)
@@ -294,7 +296,7 @@ def measure_reference(case: Case, folder: str) -> dict[str, float]:
     else:
         model = {"student_distill": StudentDistill, "teacher_distill": TeacherDistill}[case.script](**flags)
     if case.script != "train_teacher":
-        model.set_teacher(PPO(**((mlp(256) if states else images) | {"env": envs, "n_steps": 64, "device": "cpu"})))
+        model.set_teacher(PPO(**((mlp(256) if states else images) | {"env": envs, "n_steps": 64})))
     clock = Clock()
     model.learn(case.timesteps, callback=clock)
     (began, first), ended = clock.times[1], time.perf_counter()
@@ -309,7 +311,7 @@ def measure_reference(case: Case, folder: str) -> dict[str, float]:
 def run(args: Args, what: str, name: str) -> dict[str, float]:
     """Take one measurement in a process of its own."""
     python = args.reference_python if what == "reference" else sys.executable
-    words = [python, __file__, what, name, *([args.reference] if what == "reference" else [])]
+    words = [python, __file__, what, name, str(args.longer), *([args.reference] if what == "reference" else [])]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: {what} of {name} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -340,9 +342,11 @@ def main(args: Args) -> dict[str, dict[str, float]]:
     if args.json:
         from importlib.metadata import version
 
+        import jax
+
         command = f"python benchmark/speed.py --case {' '.join(args.case)} --rounds {args.rounds}"
-        command += " --reference FOLDER" if args.reference else ""
-        about = {"command": command, "cores": os.cpu_count(),
+        command += f" --longer {args.longer}" * (args.longer > 1) + " --reference FOLDER" * (args.reference is not None)
+        about = {"command": command, "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
                  "versions": {name: version(name) for name in ("jax", "flax", "envpool")}}
         Path(args.json).write_text(json.dumps(about | {"speed": medians, "rounds": rounds}, indent=2) + "\n")
     return medians
@@ -350,9 +354,10 @@ def main(args: Args) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["limit"], ["script"], ["reference"]):  # a measurement: see `run`
-        what, name, *rest = sys.argv[1:]
+        what, name, longer, *rest = sys.argv[1:]
+        case = CASES[name]._replace(timesteps=CASES[name].timesteps * int(longer))
         print(json.dumps({"limit": measure_limit, "script": measure_script, "reference": measure_reference}[what](
-            CASES[name], *rest)))
+            case, *rest)))
     else:
         import tyro
 
