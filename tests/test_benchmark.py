@@ -257,6 +257,7 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path):
     ("overlap.py", "--steps", "20", "--rounds", "1"),
     ("variance.py", "--env-id", "Hopper-v4", "--updates", "0", "1"),
     ("hidden_units.py", "--env-id", "Pong-v5", "--updates", "0", "--num-steps", "4"),
+    ("levels.py", "--env-id", "NinjaEasy-v0", "--num-levels", "2", "--games", "3"),
     ("resume.py", "--timesteps", "3200", "--num-steps", "16", "--seeds", "100", "--eval-episodes", "1", "--student-size", "smaller")])
 def test_the_other_benchmarks_run(words, tmp_path):
     done = subprocess.run([sys.executable, f"benchmark/{words[0]}", *words[1:], "--json", tmp_path / "found.json"], cwd=ROOT, timeout=400,

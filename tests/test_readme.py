@@ -67,6 +67,11 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
                 cells = [f"{x['alive']:.0%}, {x['logits']:.4f}" for x in found]
             assert f"| {env_id} | {' | '.join(cells)} |" in LINES, cells
         return
+    elif "levels" in result:  # benchmark/levels.py
+        for env_id, found in result["levels"].items():
+            cells = [env_id, found["alike"], found["end_on_first_step"], f"{found['return_for_nothing']:.2f}"]
+            assert f"| {' | '.join(map(str, cells))} |" in LINES, cells
+        return
     elif "resume" in result:  # benchmark/resume.py
         for word, mean in (("unbroken", result["means"]["unbroken"]), ("half-way and resumed", result["means"]["resumed"])):
             assert any(f"{mean:.3f}" in line for line in rows(word)), mean
