@@ -794,5 +794,7 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # who read the output has gone: --help | head
+        raise SystemExit(1) from None
     except OSError as error:  # a full disk
         fail(str(error))

@@ -1145,5 +1145,7 @@ if __name__ == "__main__":
         main(parse_args())
     except KeyboardInterrupt:  # before training
         raise SystemExit(130) from None
+    except BrokenPipeError:  # who read the output has gone: --help | head
+        raise SystemExit(1) from None
     except OSError as error:  # a full disk
         raise SystemExit(f"error: {error}; go on from the last checkpoint with --resume") from None

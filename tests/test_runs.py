@@ -719,6 +719,15 @@ def test_help_is_documentation(m, monkeypatch, capsys):
         assert all(symbol in text for symbol in "λσαεγ")
 
 
+@pytest.mark.parametrize("script", ["ppd_mujoco.py", "ppd_gymnax.py", "evaluate.py"])
+def test_help_that_nobody_reads_to_its_end_says_nothing_more(script):
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
 def test_help_comes_quickly():
     began = time.time()
     text = subprocess.run([sys.executable, "ppd_mujoco.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
