@@ -677,6 +677,11 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
         title += "; lines: training levels, marks: unseen ones" if suite == "procgen" else ""
         if curves(folder, small, "method", {x: x for x in METHODS}, name, title):
             shown.append(f"![{title}]({name})")
+        changed = runs[(runs.suite == suite) & (runs.experiment == "beyond") & (runs["size"] == "smaller")]
+        labels = {method: label for method, label in VARIANTS.items() if method in set(changed.method)}
+        title, name = f"{SUITES[suite]}: smaller students by PPD with one thing changed", f"figure_beyond_{suite}.png"
+        if curves(folder, changed, "method", labels, name, title):
+            shown.append(f"![{title}]({name})")
         studied, name = each[each.experiment == "lambda"], f"figure2_{suite}.png"
         labels = {x: f"λ = {x:g}" for x in sorted(studied.distill_coef.unique())}
         title = f"{SUITES[suite]}: larger students by PPD with several λ"
