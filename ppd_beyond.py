@@ -517,7 +517,7 @@ class Batch(NamedTuple):
     returns: jax.Array  # [B]
     weights: jax.Array  # [B]: 0 for a phantom transition, else 1
     teachers: tuple  # PPD: each teacher policy's outputs, [B, A] (each)
-    future: jax.Array | None = None  # Beyond: [B], returns of the rewards for the KL divergence ahead
+    future: jax.Array | None = None  # Beyond: [B], returns of the KL divergence ahead, as a penalty
 
 
 def numbered(name: str, values: Iterable) -> dict[str, Any]:
@@ -772,11 +772,12 @@ def update(
     if args.distill_future_coef:  # Beyond: the KL divergence that an action leads to is a reward with values of its own
         pi = distribution(apply(networks.policy, state.params["policy"], observations[1:]))
         kls = [divergence(distribution(outputs), pi, args.kl_direction) for outputs in teach(rollout.observations[1:])]
-        kl = sum(coef * kl for coef, kl in zip(distill_coef, kls, strict=True))
-        rewards = -args.distill_future_coef * kl * (1.0 - terminations)
-        values = apply(networks.value, state.params["future"], observations)
+        total = sum(distill_coef)  # the values are of the mean divergence, so that they stay right while λ changes
+        kl = sum(coef * kl for coef, kl in zip(distill_coef, kls, strict=True)) / jnp.maximum(total, 1e-8)
+        rewards, values = -kl * (1.0 - terminations), apply(networks.value, state.params["future"], observations)
         ahead, future = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
-        advantages += ahead
+        future_coef = args.distill_future_coef * total
+        advantages += future_coef * ahead
 
     batch = Batch(
         observations[:-1], rollout.actions, log_probs, advantages, returns, weights, teacher_outputs, future)
@@ -791,7 +792,7 @@ def update(
         if args.distill_future_coef:  # Beyond
             errors = networks.value.apply(params["future"], samples.observations) - samples.future
             metrics["future_loss"] = weighted_mean(errors**2, samples.weights)
-            metrics["loss"] = loss = loss + args.vf_coef * metrics["future_loss"]
+            metrics["loss"] = loss = loss + args.vf_coef * future_coef**2 * metrics["future_loss"]
         return loss, metrics
 
     def train_minibatch(carry, indices):

@@ -427,7 +427,7 @@ class Batch(NamedTuple):
     advantages: jax.Array  # [B]
     returns: jax.Array  # [B]
     teacher: Any  # PPD: the teacher policy's outputs, [B, A] (each)
-    future: jax.Array | None = None  # PPD: [B], returns of the rewards for the KL divergence ahead
+    future: jax.Array | None = None  # PPD: [B], returns of the KL divergence ahead, as a penalty
 
 
 def divergence(teacher: distrax.Distribution, pi: distrax.Distribution, kl_direction: str) -> jax.Array:
@@ -665,11 +665,11 @@ def learn_ppd(
     if args.distill_future_coef:  # PPD: the later KL divergence that an action leads to is a reward with its own values
         pi = distribution(networks.policy.apply(state.params["policy"], next_observations))
         kl = divergence(distribution(teach(args, networks, teacher, next_observations)), pi, args.kl_direction)
-        rewards = -args.distill_future_coef * distill_coef * kl * (1.0 - rollout.terminations)
         values = networks.value.apply(state.params["future"], observations)
         next_values = networks.value.apply(state.params["future"], next_observations)
-        ahead, future = gae(rewards, values, next_values)
-        advantages += ahead
+        ahead, future = gae(-kl * (1.0 - rollout.terminations), values, next_values)
+        future_coef = args.distill_future_coef * distill_coef
+        advantages += future_coef * ahead
 
     batch = Batch(observations, rollout.actions, log_probs, advantages, returns, outputs, future)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
@@ -686,7 +686,7 @@ def learn_ppd(
             if args.distill_future_coef:  # PPD
                 errors = networks.value.apply(params["future"], minibatch.observations) - minibatch.future
                 metrics["future_loss"] = (errors**2).mean()
-                metrics["loss"] = loss = loss + args.vf_coef * metrics["future_loss"]
+                metrics["loss"] = loss = loss + args.vf_coef * future_coef**2 * metrics["future_loss"]
             return loss, metrics
 
         return gradient_step(args, loss_fn, *carry)
@@ -1177,11 +1177,11 @@ def finish(args: Args, run: Run, players: dict[str, tuple], results: dict[str, d
     players: policy and parameters [S] of each by name. Returns the means over seeds, the ratios and the speed.
     """
     for name, (policy, params) in players.items():
-        if name.startswith("student") or name == "teacher" and args.teacher is None:
+        if name.startswith("student"):
             save_models(args, run, name, policy, params, results[name])
-        if name.startswith("student") and min(results["teacher"]["means"]) > 0:  # of losses a ratio says nothing
-            ratios = np.divide(results[name]["means"], results["teacher"]["means"])
-            results[name]["ratio"] = float(np.exp(np.log(np.maximum(ratios, 1e-12)).mean()))
+            if min(results["teacher"]["means"]) > 0:  # of losses a ratio says nothing
+                ratios = np.divide(results[name]["means"], results["teacher"]["means"])
+                results[name]["ratio"] = float(np.exp(np.log(np.maximum(ratios, 0.01)).mean()))
     timing = {name: run.logged[name] for name in ("seconds", "teacher_SPS", "student_SPS") if run.logged[name]}
     about = run.about | {"network": policy.network._asdict()} | timing  # of the last, a student where there is one
     write_atomic(run.folder / "results.json", about | {"results": results})
@@ -1278,6 +1278,8 @@ def resolve(args: Args) -> Args:
         fail("--distill-coef-final and --distill-coef-decay exclude each other")
     if args.distill_coef_decay == "return" and args.env_id in NEGATIVE:
         fail(f"--distill-coef-decay return needs teachers of positive return; those of {args.env_id} have none")
+    if len({f"{coef:g}" for coef in args.distill_coef}) < len(args.distill_coef):
+        fail("--distill-coef has a number twice")
     if args.pbt_interval and len(args.distill_coef) < 2:
         fail("--pbt-interval needs a population: two numbers or more for --distill-coef")
     if args.teacher_mean_clip and not env.action_space(params).shape:
@@ -1354,7 +1356,8 @@ def fit(args: Args, networks: Networks, teacher: dict | None, start: tuple | Non
         fixed = dataclasses.replace(args, eval_episodes=Args.eval_episodes)  # --eval-episodes is of the end alone
         goals = np.float32(assess(fixed, networks.teacher, teacher)["means"])[seed_of]
         if goals.min() <= 0:
-            fail(f"--distill-coef-decay return needs teachers of positive return; one of these has {goals.min():g}")
+            fail("--distill-coef-decay return needs teachers of positive return; one of those in "
+                 f"{args.teacher or run.folder} has {goals.min():g}")
     if run.logged["rows"] == 0:
         run.save(phase, 0, networks, state, teacher)
 
@@ -1400,10 +1403,12 @@ def main(args: Args) -> dict[str, float]:
         print(saved["note"], file=sys.stderr)
 
     # Train
-    run = Run(args, saved)
+    run, results = Run(args, saved), {}
     with closing(run):
-        if teacher is None:
+        if teacher is None:  # their files are written before students need them
             teacher, start = model(fit(teacher_args(args), teacher_networks, None, start, run)), None
+            results["teacher"] = assess(args, teacher_networks.policy, teacher)
+            save_models(args, run, "teacher", teacher_networks.policy, teacher, results["teacher"])
         if args.method != "ppo":
             students = name_students(args, fit(args, networks, teacher, start, run))
     if run.signal is not None:  # it came after the last part
@@ -1414,7 +1419,7 @@ def main(args: Args) -> dict[str, float]:
     if args.teacher_noise_std:
         players["corrupted_teacher"] = (teacher_networks.policy, imperfect(args, teacher))
     players |= {name: (networks.policy, params) for name, params in students.items()}
-    results = {name: assess(args, *each) for name, each in players.items()}
+    results |= {name: assess(args, *each) for name, each in players.items() if name not in results}
 
     # Save
     return finish(args, run, players, results)

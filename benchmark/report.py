@@ -72,7 +72,7 @@ def load(folder: Path) -> pd.DataFrame:
     # On MuJoCo all students beyond the paper have one teacher, and priors are teachers of other tasks
     shared = runs.experiment.isin(["beyond", "several"]) & (runs.suite != "gymnax") | (runs.method == "ppd-prior")
     own = runs[~shared]
-    apart = own.experiment == "beyond"  # these are compared among themselves alone
+    apart = own.experiment.str.extract("^(beyond|cpu-)")[0].fillna("")  # these are compared among themselves alone
     for (_, task, seed, _), means in own.groupby(["suite", "task", "seed", apart]).teacher_mean:
         if means.max() - means.min() > 0.01 * means.abs().max():
             print(f"note: {task}, seed {seed}: rows of different teachers or machines, whose returns are "
@@ -121,10 +121,13 @@ def interquartile_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def scores(rows: pd.DataFrame, player: str, split: str = "") -> pd.Series:
-    """Return what is compared: mean returns, but human-normalised scores on Atari, as in the paper's Tables 1 and 5."""
+    """Return what is compared: mean returns, but human-normalised scores on Atari, as in the paper's Tables 1 and 5.
+
+    An Atari game without a human's score counts by its returns.
+    """
     names = [f"{player}_{split}mean", f"{player}_human_normalised"]
     means, normalised = (column for _, column in rows.reindex(columns=names).astype(float).items())
-    return means.where(rows.suite != "atari", normalised)
+    return means.where(rows.suite != "atari", normalised.fillna(means))
 
 
 def fractions(rows: pd.DataFrame, player: str = "student", split: str = "") -> list[np.ndarray]:

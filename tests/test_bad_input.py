@@ -89,6 +89,7 @@ BAD = [
     (ppd_mujoco, "--teacher {t} --distill-coef-final -1", "--distill-coef-final must lie between 0 and"),
     (ppd_gymnax, "--distill-coef-final 0 --distill-coef-decay return", "--distill-coef-final and --distill-coef-decay exclude each other"),
     (ppd_gymnax, "--pbt-interval 2", "--pbt-interval needs a population: two numbers or more for --distill-coef"),
+    (ppd_gymnax, "--distill-coef 0.5 1 1.0", "--distill-coef has a number twice"),
     (ppd_gymnax, "--distill-coef 1 2 --pbt-interval 0", "--pbt-interval must lie between 1 and"),
     (ppd_gymnax, "--teacher-mean-clip", "--teacher-mean-clip is for continuous actions; those of Breakout-MinAtar are not"),
     (ppd_gymnax, "--method teacher-distill --distill-future-coef 1", "--distill-future-coef is of PPD's term; teacher-distill has none"),

@@ -392,12 +392,18 @@ def test_committed_rows_are_whole():
         assert len({tuple(row[name] for name in grid.KEY) for row in rows}) == len(rows)
         teachers = {}
         for row in rows:  # all of a task and seed had the same one, up to the rounding of different CPUs, but for those beyond the paper
-            about = (row["task"], row["seed"], row["experiment"] == "beyond", row["method"] == "ppd-prior")
+            about = (row["task"], row["seed"], row["experiment"] == "beyond", row["experiment"].startswith("cpu-"), row["method"] == "ppd-prior")
             first = teachers.setdefault(about, float(row["teacher_mean"]))
             assert float(row["teacher_mean"]) == pytest.approx(first, rel=1e-3 if path.stem != "gymnax" else 0)
         for row in rows:
             assert row["suite"] == path.stem and row["teacher_mean"] and row["command"].startswith("python ") and "/tmp" not in row["command"]
             assert (row["student_mean"] != "") == (row["method"] != "ppo")
+
+
+def test_an_atari_game_without_a_humans_score_counts_by_its_returns():
+    rows = pd.DataFrame({"suite": "atari", "task": ["Pong-v5", "Breakout-v5"], "seed": 100, "teacher_mean": [20.0, 100.0],
+                         "teacher_human_normalised": [1.0, np.nan], "student_mean": [10.0, 150.0], "student_human_normalised": [0.9, np.nan]})
+    assert np.concatenate(report.fractions(rows)).tolist() == [1.5, 0.9]
 
 
 def test_probability_of_improvement_by_hand():

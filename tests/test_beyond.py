@@ -187,7 +187,7 @@ def test_the_divergence_ahead_on_a_chain(m, monkeypatch):
     found = chain(m, monkeypatch, distill_future_coef=BETA)
     assert found["advantages"] == pytest.approx(returns.mean(), rel=1e-5)
     assert found["squares"] == pytest.approx((returns**2).mean(), rel=1e-5)
-    assert found["future_loss"] == pytest.approx((returns**2).mean(), rel=1e-5)  # its values are 0 as well
+    assert found["future_loss"] == pytest.approx(((returns / scale) ** 2).mean(), rel=1e-5)  # its values are 0 as well
     assert found["teacher_kl"] == pytest.approx((0.5 + 2.0 + 4.5) / 3, rel=1e-5) and found["value_loss"] == 0.0
 
 
@@ -231,10 +231,19 @@ class Learner:
 
 
 def test_the_loss_in_the_log_has_all_terms():
-    _, metrics = Learner(False, distill_future_coef=0.5, vf_coef=0.25, ent_coef=0.125).learn(made_up_rollout(ppd_beyond, False), 2.0)
+    """That of the values ahead in units of the rewards: with the square of βλ."""
+    _, metrics = Learner(False, distill_future_coef=0.25, vf_coef=0.25, ent_coef=0.125).learn(made_up_rollout(ppd_beyond, False), 2.0)
     found = {name.removeprefix("losses/"): float(value) for name, value in metrics.items()}
-    expected = found["policy_loss"] - 0.125 * found["entropy"] + 2.0 * found["distill_loss"] + 0.25 * (found["value_loss"] + found["future_loss"])
+    expected = found["policy_loss"] - 0.125 * found["entropy"] + 2.0 * found["distill_loss"] + 0.25 * (found["value_loss"] + 0.25 * found["future_loss"])
     assert found["loss"] == pytest.approx(expected, rel=1e-5) and found["future_loss"] > 1e-3
+
+
+def test_nothing_is_ahead_where_lambda_is_0():
+    """PPO learns policy and values alike with --distill-future-coef and without."""
+    rollout = made_up_rollout(ppd_beyond, False)
+    (without, _), (ahead, _) = (Learner(False, distill_future_coef=beta).learn(rollout, 0.0) for beta in (0.0, 1.0))
+    for name in ("policy", "value"):
+        jax.tree.map(lambda x, y: close(x, y, 1e-6), without.params[name], ahead.params[name])
 
 
 @pytest.mark.parametrize("images", [False, True])

@@ -426,6 +426,13 @@ def test_a_population_goes_on_to_the_bit(tmp_path, monkeypatch, capsys):
     assert without_timing(tmp_path / "whole") == without_timing(tmp_path / "cut")
 
 
+def test_a_teacher_that_the_decay_cannot_take_is_kept(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        m.main(small(tmp_path / "run", env_id="MountainCarContinuous-v0", distill_coef_decay="return"))
+    assert ended.value.code == 2 and f"one of those in {tmp_path / 'run'} has -" in capsys.readouterr().err
+    assert m.read_file(tmp_path / "run/teacher_100.safetensors")[0]["evaluation"]["mean"] < 0
+
+
 def test_every_core_is_a_device():
     """Importing what the script imports must not settle JAX's devices before --device and the number of cores do."""
     program = "import os, jax, ppd_gymnax as m; m.choose_device('cpu'); print(len(jax.devices()) == len(os.sched_getaffinity(0)))"
