@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,17 +47,14 @@ def look(env_id: str, args: Args) -> dict[str, float]:
         known |= {image.tobytes() for image in m.reset(envs)}
         seed += args.games
         envs.close()
-    envs = m.make_envs(env_id, args.games, m.EVAL_SEED + args.seed, variant, unseen=True)
+    unseen = partial(m.make_envs, env_id, args.games, m.EVAL_SEED + args.seed, variant, unseen=True)
+    envs, nothing = unseen(), np.full(args.games, NOTHING, np.int32)
     alike = sum(image.tobytes() in known for image in m.reset(envs))
-    returns, running, ended_first = np.zeros(args.games), np.ones(args.games, bool), None
-    while running.any():
-        _, rewards, _, _, ends = m.step(envs, np.full(args.games, NOTHING, np.int32))
-        returns += np.where(running, rewards, 0.0)
-        running &= ~ends
-        ended_first = int(ends.sum()) if ended_first is None else ended_first
+    *_, ends = m.step(envs, nothing)
     envs.close()
-    return {"images_of_training": len(known), "games": args.games, "alike": alike, "end_on_first_step": ended_first,
-            "return_for_nothing": float(returns.mean())}
+    played = m.evaluate(unseen(), lambda images, t: nothing)  # the same games again
+    return {"images_of_training": len(known), "games": args.games, "alike": alike, "end_on_first_step": int(ends.sum()),
+            "return_for_nothing": played["mean"]}
 
 
 def main(args: Args) -> dict:
