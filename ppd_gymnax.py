@@ -967,18 +967,22 @@ class Run:
             old.unlink()
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Take SIGINT or SIGTERM: an update ends and is saved, all else stops at once; so does all at a second one."""
+        """Take SIGINT or SIGTERM: what comes before the students are trained ends and is saved; all else stops at once.
+
+        So does all at a second one.
+        """
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.signal = number
         if self.file.closed:  # nothing is learned any more
-            self.stop()
+            self.stop_if_asked()
 
-    def stop(self) -> NoReturn:
-        """End the program for the signal that came."""
-        resume = shlex.join(["python", f"{SCRIPT}.py", "--resume", str(self.folder)])
-        print(f"\ninterrupted; go on with: {resume}", file=sys.stderr)
-        raise SystemExit(128 + self.signal)
+    def stop_if_asked(self) -> None:
+        """End the program if a signal has come."""
+        if self.signal is not None:
+            resume = shlex.join(["python", f"{SCRIPT}.py", "--resume", str(self.folder)])
+            print(f"\ninterrupted; go on with: {resume}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
 
     def close(self) -> None:
         """Close all files."""
@@ -1386,8 +1390,7 @@ def fit(args: Args, networks: Networks, teacher: dict | None, start: tuple | Non
 
             # Save
             run.save(phase, part * updates, networks, state, teacher)
-            if run.signal is not None:
-                run.stop()
+            run.stop_if_asked()
     return state
 
 
@@ -1409,10 +1412,10 @@ def main(args: Args) -> dict[str, float]:
             teacher, start = model(fit(teacher_args(args), teacher_networks, None, start, run)), None
             results["teacher"] = assess(args, teacher_networks.policy, teacher)
             save_models(args, run, "teacher", teacher_networks.policy, teacher, results["teacher"])
+            run.stop_if_asked()
         if args.method != "ppo":
             students = name_students(args, fit(args, networks, teacher, start, run))
-    if run.signal is not None:  # it came after the last part
-        run.stop()
+    run.stop_if_asked()  # after the last part
 
     # Evaluate
     players = {"teacher": (teacher_networks.policy, teacher)}

@@ -129,7 +129,7 @@ def test_signals_are_seen_while_xla_computes(tmp_path):
 
 
 def test_gymnax_stops_at_a_signal_and_goes_on(tmp_path, monkeypatch, capsys):
-    """In the teacher's training, in the student's and in the evaluation; all comes to what it comes to without."""
+    """In the teacher's training and evaluation, in the student's and at the end; all comes to what it comes to without."""
     m, flags, calls = ppd_gymnax, {"num_parts": 4, "teacher_timesteps": 256, "total_timesteps": 256}, []
 
     def interrupted(real, when):
@@ -143,8 +143,8 @@ def test_gymnax_stops_at_a_signal_and_goes_on(tmp_path, monkeypatch, capsys):
 
     m.main(small_gymnax(tmp_path / "whole", **flags))
     monkeypatch.setattr(m, "train", interrupted(m.train, (2, 7)))
-    monkeypatch.setattr(m, "assess", interrupted(m.assess, (1,)))
-    for begun in (False, True, True):
+    monkeypatch.setattr(m, "assess", interrupted(m.assess, (1, 3)))
+    for begun in (False, True, True, True):
         with pytest.raises(SystemExit) as stopped:
             go_on(m, tmp_path / "run") if begun else m.main(small_gymnax(tmp_path / "run", **flags))
         assert stopped.value.code == 143
@@ -152,7 +152,7 @@ def test_gymnax_stops_at_a_signal_and_goes_on(tmp_path, monkeypatch, capsys):
         assert not (tmp_path / "run/results.json").exists()
     assert steps(tmp_path / "run") == steps(tmp_path / "whole") == [64, 128, 192, 256] * 2
     go_on(m, tmp_path / "run")
-    assert without_timing(tmp_path / "run") == without_timing(tmp_path / "whole") and len(calls) == 8 + 3
+    assert without_timing(tmp_path / "run") == without_timing(tmp_path / "whole") and len(calls) == 8 + 5
     for name in ("teacher_100.safetensors", "student_100.safetensors"):
         one, other = (m.read_file(tmp_path / folder / name)[1] for folder in ("run", "whole"))
         assert all(np.array_equal(one[key], other[key]) for key in other)
