@@ -796,7 +796,7 @@ def exploit(args: Args, state: TrainState, part: int) -> TrainState:
     factors[worst, seeds] = np.where(best == worst, 1.0, np.where(coins, 1.25, 0.8))
     parent = pick(state, parents.ravel())
     return state._replace(params=parent.params, opt_state=parent.opt_state, return_stats=parent.return_stats,
-                          distill_coef=parent.distill_coef * factors.ravel())
+                          distill_coef=parent.distill_coef * factors.ravel(), recent=parent.recent)
 
 
 # ======================================================================================================================

@@ -275,7 +275,7 @@ def test_the_worst_of_a_population_goes_on_from_the_best():
     before = jax.device_get(m.stack(states))
     after = m.exploit(args, before, 3)
     of_first = [2, 1, 2, 3, 4, 5]  # the first seed's λ = 0.5 goes on from its λ = 1; the other seed's are all alike
-    for name in ("params", "opt_state", "return_stats"):
+    for name in ("params", "opt_state", "return_stats", "recent"):
         for x, y in zip(jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(before, name)), strict=True):
             np.testing.assert_array_equal(x, y[np.array(of_first)])
     for name in ("world", "key", "discounted", "obs_stats"):
