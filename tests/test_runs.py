@@ -721,9 +721,10 @@ def test_help_is_documentation(m, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script", ["ppd_mujoco.py", "ppd_gymnax.py", "evaluate.py"])
 def test_help_that_nobody_reads_to_its_end_says_nothing_more(script):
+    """Written as it comes, by -u: what stays in Python's buffer until the end is beyond a script."""
     reader, writer = os.pipe()
     os.close(reader)
-    ended = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    ended = subprocess.run([sys.executable, "-u", script, "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (1, "")
 
