@@ -637,9 +637,12 @@ def film(about: dict, policy: Policy, params: dict, seed: int, seconds: float) -
 
 
 def write_video(path: Path, frames: list[np.ndarray], rate: float) -> None:
-    """Write a .gif that repeats for ever, or an .mp4; whole, or not at all."""
-    options = {"duration": 1000.0 / rate, "loop": 0} if path.suffix == ".gif" else {
-        "fps": rate, "plugin": "FFMPEG", "macro_block_size": 8}
+    """Write a .gif that repeats for ever, or an .mp4; whole, or not at all. rate: frames a second."""
+    if path.suffix == ".gif":  # which shows each frame for whole hundredths of a second: 7, 6 and 7 of them at 15
+        ends = np.round(np.arange(len(frames) + 1) * 100.0 / rate)
+        options = {"duration": (10.0 * np.diff(ends)).tolist(), "loop": 0}
+    else:
+        options = {"fps": rate, "plugin": "FFMPEG", "macro_block_size": 8}
     with warnings.catch_warnings(action="ignore"):  # JAX warns of any fork, and an .mp4's starts ffmpeg
         write_atomic(path, imageio.imwrite("<bytes>", frames, extension=path.suffix, **options))
 

@@ -79,7 +79,7 @@ class Args:
     seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
     total_timesteps: int = 2_000_000  # environment steps, rounded up to whole rollouts; resets count
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where the networks run; gpu is an error where there is none
-    num_devices: int | None = None  # devices that share an update, by default all GPUs, or one core of a CPU
+    num_devices: int | None = None  # devices that share an update, by default the most GPUs that divide it, or 1 core
 
     # Teacher and student
     teacher: str | None = None  # the teacher's file; by default teachers/{env_id}__100.safetensors beside the script
@@ -902,7 +902,7 @@ def resolve(args: Args) -> Args:
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.hidden)}")
     if args.num_minibatches is None:
         divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
-        args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
+        args = dataclasses.replace(args, num_minibatches=next(divisors, args.batch_size))
     if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
              f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
@@ -911,7 +911,8 @@ def resolve(args: Args) -> Args:
         most = 1 if jax.default_backend() == "cpu" else found
         args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if samples % n == 0))
     if args.num_devices > found or samples % args.num_devices:
-        fail(f"--num-devices {args.num_devices} must divide {samples} samples, a minibatch; JAX finds {found} devices")
+        fail(f"--num-devices {args.num_devices} is more than the {found} that JAX finds, or does not divide a "
+             f"minibatch of {samples} samples")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -963,8 +964,7 @@ def main(args: Args) -> dict[str, float]:
     bar = trange(first + 1, args.num_updates + 1, initial=first, total=args.num_updates, desc=args.env_id,
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
-        if not saved:
-            run.save(0, state, cursor.finished, teacher)
+        run.save(first, state, cursor.finished, teacher)  # going on, with the flags that have changed
         for iteration in bar:
             # Collect
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, networks.policy.action_dim))

@@ -7,7 +7,7 @@ Each iteration collects a rollout with the student, estimates advantages A, and 
     maximises  E[ min(r A, clip(r, 1-ε, 1+ε) A) + α entropy - λ KL(teacher || student) max(r, 1-ε) ]
     minimises  E[ (V(s) - R)² ]                              with r = π(a|s) / π_old(a|s), not detached.
 
-It learns on 200 levels; evaluation is on all others, and apart from them on those 200. What makes PPD out of PPO is
+It learns on 200 levels; evaluation is on all later ones, and apart from them on those 200. What makes PPD out of PPO is
 marked `# PPD`. Source: Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134), Algorithm 1 and appendix
 A.3.
 """
@@ -93,11 +93,11 @@ class Args:
     # Task
     env_id: str | None = None  # Procgen game, by envpool's name; by default the teacher's, or CoinrunEasy-v0
     start_level: int | None = None  # first level to learn on; by default the teacher's
-    num_levels: int | None = None  # levels to learn on, not to be tested on; by default the teacher's
+    num_levels: int | None = None  # levels to learn on; later ones are the test; by default the teacher's
     seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
     total_timesteps: int = 2_000_000  # environment steps, rounded up to whole rollouts; resets count
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where the networks run; gpu is an error where there is none
-    num_devices: int | None = None  # devices that share the work, by default all GPUs, or all cores of a CPU
+    num_devices: int | None = None  # devices that share the work, by default the most that divide it, GPUs or cores
 
     # Teacher and student
     teacher: str | None = None  # the teacher's file; by default teachers/{env_id}__100.safetensors beside the script
@@ -1028,7 +1028,7 @@ def resolve(args: Args) -> Args:
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
     if args.num_minibatches is None:
         divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
-        args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
+        args = dataclasses.replace(args, num_minibatches=next(divisors, args.batch_size))
     if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
              f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
@@ -1037,8 +1037,8 @@ def resolve(args: Args) -> Args:
         shared = math.gcd(args.num_envs, samples)
         args = dataclasses.replace(args, num_devices=max(n for n in range(1, found + 1) if shared % n == 0))
     if args.num_devices > found or args.num_envs % args.num_devices or samples % args.num_devices:
-        fail(f"--num-devices {args.num_devices} must divide {args.num_envs} environments and a minibatch of {samples} "
-             f"samples; JAX finds {found} devices")
+        fail(f"--num-devices {args.num_devices} is more than the {found} that JAX finds, or does not divide "
+             f"{args.num_envs} environments and a minibatch of {samples} samples")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -1107,8 +1107,7 @@ def main(args: Args) -> dict[str, float]:
     bar = trange(first + 1, args.num_updates + 1, initial=first, total=args.num_updates, desc=args.env_id,
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
-        if not saved:
-            run.save(0, state, cursor.finished, teacher)
+        run.save(first, state, cursor.finished, teacher)  # going on, with the flags that have changed
         for iteration in bar:
             # Collect
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, networks.policy.num_actions))

@@ -100,11 +100,11 @@ class Args:
     frame_skip: int | None = None  # Atari: frames for which an action is repeated; by default the teacher's
     repeat_action_probability: float | None = None  # Atari: probability of sticky actions; by default the teacher's
     start_level: int | None = None  # Procgen: first level to learn on; by default the teacher's
-    num_levels: int | None = None  # Procgen: levels to learn on, not to be tested on; by default the teacher's
+    num_levels: int | None = None  # Procgen: levels to learn on; later ones are the test; by default the teacher's
     seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
     total_timesteps: int = 2_000_000  # environment steps, rounded up to whole rollouts; resets count
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where the networks run; gpu is an error where there is none
-    num_devices: int | None = None  # devices that share the work, by default all GPUs, or cores where there are images
+    num_devices: int | None = None  # devices that share the work, by default the most that divide it; for MLPs 1 core
 
     # Teacher and student
     teacher: str | None = None  # the teacher's file; by default teachers/{env_id}__100.safetensors beside the script
@@ -1016,7 +1016,8 @@ def resolve(args: Args) -> Args:
         most = 1 if suite == "mujoco" and jax.default_backend() == "cpu" else found
         args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if args.num_envs % n == 0))
     if args.num_devices > found or args.num_envs % args.num_devices:
-        fail(f"--num-devices {args.num_devices} must divide {args.num_envs} environments; JAX finds {found} devices")
+        fail(f"--num-devices {args.num_devices} is more than the {found} that JAX finds, or does not divide "
+             f"{args.num_envs} environments")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -1089,8 +1090,7 @@ def main(args: Args) -> dict[str, float]:
     bar = trange(first + 1, args.num_updates + 1, initial=first, total=args.num_updates, desc=args.env_id,
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
-        if not saved:
-            run.save(0, state, cursor.finished, teacher)
+        run.save(first, state, cursor.finished, teacher)  # going on, with the flags that have changed
         for iteration in bar:
             # Collect: the student acts
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, action_dim), states)

@@ -106,7 +106,7 @@ class Args:
     seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
     total_timesteps: int | None = None  # environment steps; the paper's: 10 million, but 30 on Procgen
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where the networks run; gpu is an error where there is none
-    num_devices: int | None = None  # devices that share the work, by default all GPUs, or cores where there are images
+    num_devices: int | None = None  # devices that share the work, by default the most that divide it; for MLPs 1 core
 
     # Teacher
     size: Literal["smaller", "same", "larger"] = "same"  # the paper's teachers are "same": see NETWORKS above
@@ -1052,7 +1052,7 @@ def resolve(args: Args) -> Args:
             fail(f"--{name.replace('_', '-')} is not for {args.env_id}")
     if args.num_minibatches is None:
         divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
-        args = dataclasses.replace(args, num_minibatches=next(divisors, 1))
+        args = dataclasses.replace(args, num_minibatches=next(divisors, args.batch_size))
     if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
              f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")
@@ -1062,8 +1062,8 @@ def resolve(args: Args) -> Args:
         most = 1 if suite == "mujoco" and jax.default_backend() == "cpu" else found
         args = dataclasses.replace(args, num_devices=max(n for n in range(1, most + 1) if shared % n == 0))
     if args.num_devices > found or args.num_envs % args.num_devices or samples % args.num_devices:
-        fail(f"--num-devices {args.num_devices} must divide {args.num_envs} environments and a minibatch of {samples} "
-             f"samples; JAX finds {found} devices")
+        fail(f"--num-devices {args.num_devices} is more than the {found} that JAX finds, or does not divide "
+             f"{args.num_envs} environments and a minibatch of {samples} samples")
     if args.resume is None and args.run_dir is not None and os.path.exists(args.run_dir):
         fail(f"--run-dir {args.run_dir} exists; name another folder, or go on with --resume {args.run_dir}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -1134,8 +1134,7 @@ def main(args: Args) -> dict[str, float]:
     bar = trange(first + 1, args.num_updates + 1, initial=first, total=args.num_updates, desc=args.env_id,
                  unit="update", mininterval=0.5 if sys.stderr.isatty() else 60.0)
     with closing(run), bar:
-        if not saved:
-            run.save(0, state, cursor.finished)
+        run.save(first, state, cursor.finished)  # going on, with the flags that have changed
         for iteration in bar:
             # Collect
             key, noise = draw_noise(state.key, args.num_steps, (args.num_envs, action_dim), states)

@@ -299,14 +299,20 @@ def test_a_signal_saves_and_the_run_goes_on(m, env_id, tmp_path, teachers, monke
 
 @pytest.mark.parametrize(("m", "whole"), [(ppd_mujoco, True), (ppd_mujoco, False), (train_teacher, True), (student_distill, True)])
 def test_a_run_can_be_extended(m, whole, finished, tmp_path, monkeypatch):
-    """A finished one, or one that stands at its beginning; its rows are then those of a run of that length."""
+    """A finished one, or one that stands at its beginning; its rows are then those of a run of that length.
+
+    It is killed before it learns anything, and the next --resume knows of the extension.
+    """
     folder = shutil.copytree(finished(m, "Hopper-v4").folder, tmp_path / "run")
     if not whole:
         checkpoints(folder)[-1].unlink()
     before, size = without_timing(folder), 20 if m in BASELINES else 64
     more = (80 if m in BASELINES else 5) * size
     monkeypatch.setattr(m, "assess", nothing)
-    go_on(m, folder, "--total-timesteps", more)
+    with monkeypatch.context() as killed, pytest.raises(ZeroDivisionError):
+        killed.setattr(m, "collect", lambda *args: 1 / 0)
+        go_on(m, folder, "--total-timesteps", more)
+    go_on(m, folder)
     assert steps(folder) == (list(range(400, 1001, 400)) + [1000, 1200, 1600] if m in BASELINES else list(range(64, more + 1, 64)))
     assert without_timing(folder)[:len(before)] == before or not whole
     assert m.load_checkpoint(folder)[0]["updates"] * size == more
@@ -644,6 +650,14 @@ def test_a_film_of_images_can_be_opened(env_id, shape, teachers, tmp_path, monke
     evaluate.main(evaluate.Args(model=str(teachers(env_id)), episodes=1, video=str(film), video_seconds=3.0))
     frames = imageio.imread(film)
     assert frames.shape[1:] == shape and len(frames) > 5 and frames.std() > 10
+
+
+@pytest.mark.parametrize("rate", [15.0, 1 / 0.045])  # of Atari and Procgen, of Humanoid: no whole hundredths of a second
+def test_a_gif_lasts_as_long_as_its_frames(rate, tmp_path):
+    frames = [np.full((8, 8, 3), 10 * i, np.uint8) for i in range(20)]
+    evaluate.write_video(tmp_path / "film.gif", frames, rate)
+    shown = [imageio.immeta(tmp_path / "film.gif", index=i)["duration"] for i in range(20)]
+    assert sum(shown) == pytest.approx(20_000 / rate, abs=5.0) and max(shown) - min(shown) <= 10
 
 
 @pytest.mark.parametrize("env_id", ["Pong-v5", pytest.param("CoinrunEasy-v0", marks=needs_procgen)])
