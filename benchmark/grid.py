@@ -455,7 +455,7 @@ def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
 # ======================================================================================================================
 
 PLAYERS = ("teacher", "corrupted_teacher", "student")
-KINDS = ("mean", "std", "games", "train_mean", "train_std", "human_normalised")
+KINDS = ("mean", "std", "games", "train_mean", "train_std", "train_games", "human_normalised")
 COLUMNS = ["experiment", "suite", "task", "method", "size", "seed", "distill_coef", "teacher_noise_std", "steps",
            "episodes", *(f"{player}_{kind}" for player in PLAYERS for kind in KINDS),
            "steps_per_second", "seconds", "versions", "command"]
@@ -468,7 +468,7 @@ def figures(player: str, found: dict[str, Any]) -> dict[str, float]:
     """The cells of one evaluation; of Procgen also on the levels of training, of Atari also human-normalised."""
     cells = {f"{player}_{kind}": found[kind] for kind in KINDS if kind in found}
     if "train_levels" in found:
-        cells |= {f"{player}_train_{kind}": found["train_levels"][kind] for kind in ("mean", "std")}
+        cells |= {f"{player}_train_{kind}": found["train_levels"][kind] for kind in ("mean", "std", "games")}
     return cells
 
 

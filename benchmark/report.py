@@ -6,9 +6,9 @@
 Scores are fractions of the teacher's return, task by task and seed by seed. Over tasks and seeds they are aggregated by
 the geometric mean, as in the paper, and by the interquartile mean (Agarwal et al. 2021); intervals are 95% by bootstrap
 over seeds, stratified by task, and need more than one seed. Where all tasks have several seeds, there are also the
-probability that PPD improves on a baseline and performance profiles (Agarwal et al. 2021 too). The cells of a row rest
-on the same tasks and seeds: those that all methods of the row have; seeds whose teacher's return is not positive count
-nowhere. A cell without runs stays empty.
+probability that PPD improves on a baseline and performance profiles (Agarwal et al. 2021 too). The aggregates of a row
+rest on the same tasks and seeds: those that all methods of the row have; seeds whose teacher's return is not positive
+count nowhere. A cell of a single task has all of its runs. One without runs stays empty.
 Source of the paper's numbers: paper_tables.csv, from Spigler, "Proximal Policy Distillation", TMLR 2025 (2407.15134).
 """
 
@@ -84,10 +84,12 @@ def load(folder: Path) -> pd.DataFrame:
 
 
 def references(folder: Path) -> pd.DataFrame:
-    """Read what benchmark/reference.py left: rows like the grid's, of the experiment "reference"."""
+    """Read what benchmark/reference.py left in {task}__{size}__{seed}.json: rows like the grid's, of "reference"."""
     rows = []
     for path in sorted((folder / "reference").glob("*.json")):
         found = json.loads(path.read_text())
+        if path.stem != f"{found['env_id']}__{found['student_size']}__{found['seed']}":  # of another λ, or of a trial
+            continue
         row = {"experiment": "reference", "suite": "mujoco", "task": found["env_id"], "method": "ppd"}
         row |= {"size": found["student_size"], "seed": found["seed"], "command": found["command"]}
         row |= {"steps": found["steps"], "episodes": len(found["student"]["returns"])}

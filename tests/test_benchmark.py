@@ -134,15 +134,17 @@ def test_a_student_has_the_teacher_of_another_game_as_a_prior_or_none():
 
 @pytest.mark.parametrize(("method", "coef"), [("ppd", 1.0), ("ppd-future", [1.0])])
 def test_a_row_has_one_lambda(method, coef, tmp_path):
-    """Of ppd_beyond.py, which has one for each teacher, that of its only one."""
+    """Of ppd_beyond.py, which has one for each teacher, that of its only one; figures of levels of training are beside the others."""
     run, args = grid.Run("beyond", "mujoco", "Hopper-v4", method, "smaller", 100), grid.Args(folder=tmp_path)
     player = {"mean": 2.0, "std": 0.5, "games": 1, "returns": [2.0]}
+    player |= {"train_levels": {"mean": 4.0, "std": 1.0, "games": 3, "returns": [4.0]}}
     (tmp_path / run.name).mkdir()
     (tmp_path / run.name / "results.json").write_text(json.dumps({
         "args": {"total_timesteps": 9, "eval_episodes": 1, "distill_coef": coef}, "seconds": 1.0, "SPS": 7.0, "command": "", "versions": {},
         "student": player, "teacher": player}))
     row, = grid.rows(run, args)
-    assert row["distill_coef"] == 1.0 and row["student_mean"] == 2.0
+    assert row["distill_coef"] == 1.0 and (row["student_mean"], row["student_games"]) == (2.0, 1)
+    assert [row[f"teacher_train_{kind}"] for kind in ("mean", "std", "games")] == [4.0, 1.0, 3]
 
 
 def test_the_table_beyond_the_paper_by_hand():
@@ -467,6 +469,7 @@ def test_the_reference_stands_beside_ours(tmp_path):
         "teacher": {"mean": 200_000.0, "std": 2000.0, "returns": [0.0] * 4},
         "student": {"mean": 50_000.0, "std": 1000.0, "returns": [0.0] * 4},
         "curve": [{"steps": 1152 * i, "kl": 10.0 / i, "return": None} for i in (1, 2, 3)]}))
+    (tmp_path / "reference/of_another_lambda.json").write_bytes((tmp_path / "reference/Ant-v4__same__100.json").read_bytes())
     runs = report.load(tmp_path).assign(episodes=4, teacher_std=400.0, student_std=200.0)
     table = report.sections(runs)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table["mujoco-returns"].splitlines() if line.startswith("|")]
