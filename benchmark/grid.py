@@ -5,8 +5,9 @@
     python benchmark/report.py --results runs/grid/results                # its tables and figures
 
 A run that is done is not repeated, one that was cut off is resumed, one that fails is reported and the rest goes on.
-Students learn from the teachers of teachers/; where one is missing, the grid trains it first. Source: Spigler,
-"Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134): Table 1 (methods), Table 2 (imperfect), Figure 2 (lambda).
+On MuJoCo and at CPU scale students learn from the teachers of teachers/; where one is missing, and elsewhere, the grid
+trains it first. Source: Spigler, "Proximal Policy Distillation", TMLR 2025 (arXiv 2407.15134): Table 1 (methods),
+Table 2 (imperfect), Figure 2 (lambda).
 """
 
 import csv

@@ -78,9 +78,8 @@ def main(args: Args) -> dict[str, dict[str, float]]:
         random_teacher(args, teacher)
         for m in (ppd, student_distill, teacher_distill):
             run, rows = Path(folder, m.__name__), {} if m is ppd else {"log_every": 10}
-            taught_by = (str(teacher),) if m is ppd else str(teacher)
             m.finish = lambda *rest: {}  # the evaluation of a random policy would say nothing
-            m.main(m.Args(env_id=args.env_id, teacher=taught_by, student_size="smaller", seed=args.seed,
+            m.main(m.Args(env_id=args.env_id, teacher=str(teacher), student_size="smaller", seed=args.seed,
                           total_timesteps=args.timesteps, learning_rate=args.learning_rate, run_dir=str(run), **rows))
             with open(run / "progress.csv", newline="") as file:
                 table = list(csv.DictReader(file))

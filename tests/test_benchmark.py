@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from conftest import ROOT
+from conftest import ROOT, needs_procgen
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import grid
@@ -259,14 +259,15 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path):
     ("overlap.py", "--steps", "20", "--rounds", "1"),
     ("variance.py", "--env-id", "Hopper-v4", "--updates", "0", "1"),
     ("hidden_units.py", "--env-id", "Pong-v5", "--updates", "0", "--num-steps", "4"),
-    ("levels.py", "--env-id", "NinjaEasy-v0", "--num-levels", "2", "--games", "3"),
+    pytest.param(("levels.py", "--env-id", "NinjaEasy-v0", "--num-levels", "2", "--games", "3"), marks=needs_procgen),
+    pytest.param(("pixels.py", "--env-id", "CoinrunEasy-v0", "--timesteps", "1152"), marks=needs_procgen),
     ("resume.py", "--timesteps", "3200", "--num-steps", "16", "--seeds", "100", "--eval-episodes", "1", "--student-size", "smaller")])
 def test_the_other_benchmarks_run(words, tmp_path):
     done = subprocess.run([sys.executable, f"benchmark/{words[0]}", *words[1:], "--json", tmp_path / "found.json"], cwd=ROOT, timeout=400,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    key = words[0].removesuffix(".py").removeprefix("speed_")
+    key = "kl" if words[0] == "pixels.py" else words[0].removesuffix(".py").removeprefix("speed_")
     assert found["command"].startswith(f"python benchmark/{words[0]}") and found[key]
 
 
