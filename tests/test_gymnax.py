@@ -18,6 +18,7 @@ from conftest import ROOT, rows, without_timing
 
 import evaluate
 import ppd_gymnax as m
+import ppd_mujoco
 
 STATES = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "MountainCarContinuous-v0", "Reacher-misc"]
 GRIDS = [f"{name}-MinAtar" for name in ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")]
@@ -189,7 +190,9 @@ def test_a_run_leaves_what_it_promises(env_id, method, tmp_path, capsys):
     assert set(results["results"]) == {"teacher", "corrupted_teacher", "student"}
     for name, result in results["results"].items():
         assert np.shape(result["returns"]) == (2, 2) and result["mean"] == pytest.approx(np.mean(result["returns"]), rel=1e-5)
-        assert found[name] == result["mean"] and result["interval"] >= 0
+        assert found[name] == result["mean"]
+        interval = 12.7062 * np.std(result["means"], ddof=1) / np.sqrt(2)  # Student's t at 97.5%, one degree of freedom
+        assert result["interval"] == pytest.approx(interval, rel=1e-4, abs=1e-6)
     out = capsys.readouterr().out
     assert "corrupted teacher" in out and str(folder) in out
     film = {"video": str(tmp_path / "film.gif"), "video_seconds": 2} if env_id == "Breakout-MinAtar" else {}
@@ -298,8 +301,14 @@ def test_who_has_ended_no_episode_is_the_worst_of_a_population():
     assert found[1] == 2.0 and found[0] in (np.float32(1.6), np.float32(2.5))
 
 
+def test_a_population_s_student_is_its_best():
+    args = m.Args(num_seeds=2, distill_coef=(0.5, 1.0, 2.0), pbt_interval=1)
+    state = m.TrainState({"policy": np.arange(6)}, *[None] * 7, np.array([3.0, 7.0, 9.0, 1.0, 5.0, 8.0]))
+    assert m.name_students(args, state)["student"]["policy"].tolist() == [2, 5]
+
+
 def test_a_population_has_one_student_of_each_seed(tmp_path):
-    """The one whose return was the highest while it learned; λ changes on the way, and the rows keep it."""
+    """λ changes on the way, and the rows keep it."""
     numbers = m.main(small(tmp_path / "run", total_timesteps=8 * 64, num_parts=8, distill_coef=(0.5, 2.0), pbt_interval=2))
     assert set(numbers) >= {"student", "teacher"} and not any(name.startswith("student_0") for name in numbers)
     assert {path.name for path in (tmp_path / "run").glob("student*")} == {"student_100.safetensors", "student_101.safetensors"}
@@ -439,3 +448,95 @@ def test_every_core_is_a_device():
     env = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS")}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.stdout == "True\n", done.stderr
+
+
+# What the update is ----------------------------------------------------------------------------------------------------
+
+
+learn, act = jax.jit(m.learn_ppd, static_argnums=(0, 1)), jax.jit(m.collect, static_argnums=(0, 1))
+
+
+def test_it_learns_as_ppd_mujoco_does():
+    """Which test_networks.py holds to the algorithm step by step; some rewards are clipped, and gradients so small that Adam's ε counts."""
+    other = ppd_mujoco
+    flags = {"num_envs": 4, "num_steps": 8, "num_minibatches": 1, "update_epochs": 3, "gamma": 0.9, "gae_lambda": 0.7, "clip_coef": 0.05,
+             "ent_coef": 0.03, "vf_coef": 0.3, "learning_rate": 0.01, "max_grad_norm": 1e-3}
+    ours = m.Args(env_id="Pendulum-v1", **flags)
+    theirs = other.Args(env_id="Hopper-v4", num_devices=1, student_hidden=(8,), **flags)
+    network = m.Network("mlp", (), (8,))
+    networks = m.make_networks("Pendulum-v1", network, network), other.Networks(other.Policy((8,), 1), other.Value((8,)), other.Policy((8,), 1))
+    states = [m.init_state(ours, networks[0], 3), other.init_state(theirs, networks[1], 3)]
+    stats, scale = (jnp.full(3, 0.1), jnp.full(3, 2.0), jnp.float32(9.0)), (jnp.float32(0.0), jnp.float32(1e-4), jnp.float32(1e6))
+    states[0] = states[0]._replace(params=copy(states[1].params), obs_stats=m.Stats(*stats), return_stats=m.Stats(*scale))
+    states[1] = jax.device_put(states[1]._replace(return_stats=other.Stats(*scale)), other.replicated(1))
+    teacher = {"policy": jax.tree.map(lambda x: 2.0 * x + 0.1, states[1].params["policy"])}
+
+    rng, none = np.random.default_rng(0), np.zeros((8, 4), np.float32)
+    x, actions, rewards = (rng.normal(size=shape).astype(np.float32) for shape in ((9, 4, 3), (8, 4, 1), (8, 4)))
+    rollout = m.Rollout(*map(jnp.asarray, (x[:-1], actions, 0.1 * rewards, none, none, x[1:], none)))
+    state, found = learn(ours, networks[0], teacher, states[0], rollout, 2.0)
+    rollout = other.Rollout(x, actions, 0.1 * rewards, *[none > 0] * 3)
+    expected, metrics = other.update(theirs, networks[1], teacher | {"obs_stats": other.Stats(*stats)}, states[1], rollout, 2.0)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    for name, value in found.items():
+        np.testing.assert_allclose(value, metrics[f"losses/{name}"], rtol=1e-4, atol=1e-5)
+
+
+def made_up(env_id="CartPole-v1", **flags):
+    """Flags, networks and a student's first state."""
+    args = m.resolve(m.Args(env_id=env_id, **{"num_envs": 2} | flags))
+    networks = m.make_networks(env_id, m.Network("mlp", (), (4,)), m.Network("mlp", (), (4,)))
+    return args, networks, m.init_state(args, networks, 0)
+
+
+def test_actions_are_samples_of_the_policy():
+    args, networks, state = made_up(num_envs=64, num_steps=128)
+    params = jax.tree.map(jnp.zeros_like, state.params["policy"])
+    params["params"]["Dense_1"]["bias"] = jnp.array([2.0, 0.0])
+    actions = act(args, networks.policy, params, state.obs_stats, state.world, state.key)[1].actions
+    assert float((actions == 0).mean()) == pytest.approx(1 / (1 + np.exp(-2.0)), abs=0.015)
+
+
+def test_a_baseline_regresses_to_its_teachers_values_and_a_teachers_statistics_take_in_each_rollout():
+    args, networks, state = made_up(num_envs=8, num_steps=16, num_minibatches=2, method="student-distill")
+    rollout = act(args, networks.policy, state.params["policy"], state.obs_stats, state.world, state.key)[1]
+    x = m.normalize(rollout.observations, state.obs_stats)
+    teacher = made_up()[2].params | {"value": jax.tree.map(lambda x: x + 0.5, state.params["value"])}
+    errors = networks.value.apply(state.params["value"], x) - networks.teacher_value.apply(teacher["value"], x)
+    found = jax.jit(m.learn_by_regression, static_argnums=(0, 1))(args, networks, teacher, state, rollout)[1]
+    assert float(found["value_loss"]) == pytest.approx(float((errors**2).mean()), rel=1e-5)
+    stats = learn(args, networks._replace(teacher=None), None, state, rollout, 0.0)[0].obs_stats
+    seen = np.asarray(rollout.observations).reshape(128, -1)
+    np.testing.assert_allclose(stats.mean, seen.mean(0), atol=1e-4)
+    np.testing.assert_allclose(stats.var, seen.var(0), rtol=1e-3)
+
+
+def test_lambda_and_noise_reach_the_student(tmp_path, monkeypatch):
+    train, given = m.train, []
+
+    def watched(args, networks, teacher, state, coefs):
+        given.append((None if teacher is None else jax.tree.map(np.array, teacher["policy"]), np.array(coefs)))
+        return train(args, networks, teacher, state, coefs)
+
+    monkeypatch.setattr(m, "train", watched)
+    m.main(small(tmp_path / "run", num_seeds=1, num_parts=3, distill_coef=(2.0,), distill_coef_final=0.5, teacher_noise_std=0.1))
+    np.testing.assert_allclose([coefs[0, 0] for taught, coefs in given if taught is not None], [2.0, 1.25, 0.5])
+    clean = m.read_file(tmp_path / "run/teacher_100.safetensors")[1]["policy/params/Dense_1/kernel"]
+    assert 0.07 < (given[-1][0]["params"]["Dense_1"]["kernel"][0] - clean).std() < 0.13
+
+
+def test_the_first_episode_of_each_environment_counts(monkeypatch):
+    """Of a made-up task, where an environment's k-th episode has the return k, and ends after one step or after two."""
+
+    def step(env_id, world, actions, keys):
+        ends = jnp.array([1.0, 1.0 * (world.observations[1, 0] % 2)])
+        observations = world.observations + jnp.ones((2, 1))
+        return world._replace(observations=observations), SimpleNamespace(terminations=ends, truncations=0 * ends, returns=observations[:, 0])
+
+    args, networks, state = made_up(num_seeds=1, eval_episodes=2)
+    world = state.world._replace(observations=jnp.zeros((2, 4)))
+    monkeypatch.setattr(m, "step", step)
+    monkeypatch.setattr(m, "reset", lambda *_: world)
+    players = m.stack([{"policy": state.params["policy"], "obs_stats": state.obs_stats}])
+    assert m.evaluate(args, networks.policy, players, jnp.zeros((1, 2), jnp.uint32)).tolist() == [[1.0, 2.0]]

@@ -477,13 +477,31 @@ def test_a_student_of_the_teacher_s_seed_and_size_starts_from_other_weights(m, i
         assert np.array_equal(x, y) == (where[-1].key in ("bias", "log_std"))  # zeros
 
 
+def test_a_baseline_regresses_to_its_teachers_values():
+    m, learner = student_distill, Learner(student_distill, False)
+    params, rollout = jax.tree.map(np.array, learner.start().params), made_up_rollout(m, False)
+    x = m.normalize(rollout.observations[:-1], learner.teacher["obs_stats"])
+    errors = learner.networks.value.apply(params["value"], x) - learner.networks.teacher_value.apply(learner.teacher["value"], x)
+    expected = float((errors[~rollout.phantoms] ** 2).mean())
+    assert float(learner.learn(rollout)[1]["losses/value_loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_teachers_statistics_take_in_each_rollout():
+    rollout = made_up_rollout(train_teacher, False)
+    state, _ = Learner(train_teacher, False).learn(rollout)
+    real = rollout.observations[:-1][~rollout.phantoms]
+    np.testing.assert_allclose(state.obs_stats.mean, real.mean(0), atol=1e-4)
+    np.testing.assert_allclose(state.obs_stats.var, real.var(0), rtol=1e-3)
+
+
 def test_an_update_is_the_algorithm_step_by_step():
     """Against loops and formulas written out: returns, advantages, minibatches, the loss, clipping and Adam, with unusual flags."""
     m, f64 = ppd_mujoco, partial(np.asarray, dtype=np.float64)
     flags = {"gamma": 0.9, "gae_lambda": 0.7, "clip_coef": 0.05, "ent_coef": 0.03, "vf_coef": 0.3, "learning_rate": 0.01, "max_grad_norm": 0.9,
              "update_epochs": 3, "num_minibatches": 4, "kl_direction": "reverse", "seed": 3}
     learner, rollout = Learner(m, False, distill_coef=2.0, **flags), made_up_rollout(m, False)
-    networks, state, taught = learner.networks, learner.start(), learner.teacher
+    networks, taught = learner.networks, learner.teacher
+    state = learner.start()._replace(return_stats=m.Stats(jnp.float32(0.0), jnp.float32(1e-4), jnp.float32(1e4)))  # half the rewards are clipped
     params, weights = jax.tree.map(np.array, state.params), f64(~rollout.phantoms)
     x = np.clip((rollout.observations - np.asarray(taught["obs_stats"].mean)) / np.sqrt(np.asarray(taught["obs_stats"].var)), -10, 10)
     values = f64(networks.value.apply(params["value"], x))
@@ -496,8 +514,8 @@ def test_an_update_is_the_algorithm_step_by_step():
         sums[t] = running = 0.9 * running + rollout.rewards[t]
         running = running * ~(rollout.terminations[t] | rollout.truncations[t])
     n, real = weights.sum(), sums[weights == 1]
-    count = n + 1e-4
-    variance = (1e-4 + real.var() * n + real.mean() ** 2 * 1e-4 * n / count) / count  # begins at mean 0 and variance 1, of weight 1e-4
+    count = n + 1e4
+    variance = (1e-4 * 1e4 + real.var() * n + real.mean() ** 2 * 1e4 * n / count) / count
     rewards = np.clip(rollout.rewards / np.sqrt(variance), -10, 10)
     advantages, later = np.zeros((9, 4)), np.zeros(4)
     for t in reversed(range(8)):

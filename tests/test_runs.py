@@ -46,6 +46,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 import evaluate
 import import_teacher
 import ppd_atari
+import ppd_beyond
 import ppd_gymnax
 import ppd_mujoco
 import ppd_procgen
@@ -318,6 +319,59 @@ def test_a_run_can_be_extended(m, whole, finished, tmp_path, monkeypatch):
     assert m.load_checkpoint(folder)[0]["updates"] * size == more
     assert json.loads((folder / "results.json").read_text())["args"]["total_timesteps"] == more
     assert json.loads((folder / "args.json").read_text())["total_timesteps"] == more
+
+
+def test_a_run_goes_on_with_all_that_it_has_learned(tmp_path, tiny_teacher, monkeypatch):
+    """Optimiser, statistics and random numbers, not the weights alone; it remembers the last games, and plays new ones."""
+    m, begun, seeds = ppd_mujoco, [], []
+    update, make_envs, collect = m.update, m.make_envs, m.collect
+    monkeypatch.setattr(m, "assess", nothing)
+    m.main(small(m, "Hopper-v4", tmp_path / "run", teacher=str(tiny_teacher)))
+    about, arrays = m.read_file(checkpoints(tmp_path / "run")[-1])
+    monkeypatch.setattr(m, "make_envs", lambda env_id, n, seed, *rest: seeds.append(seed) or make_envs(env_id, n, seed, *rest))
+    monkeypatch.setattr(m, "collect", lambda envs, cursor, *rest: begun.append(list(cursor.finished)) or collect(envs, cursor, *rest))
+    monkeypatch.setattr(m, "update", lambda *args: begun.append(jax.tree.map(np.array, state_of(m, args))) or update(*args))
+    go_on(m, tmp_path / "run", "--total-timesteps", 4 * 64)
+    finished, state = begun
+    assert finished == about["finished"] and len(finished) > 0
+    for where, x in jax.tree_util.tree_leaves_with_path(state._replace(key=None, discounted=None)):
+        np.testing.assert_array_equal(x, arrays["state/" + jax.tree_util.keystr(where, simple=True, separator="/")])
+    np.testing.assert_array_equal(state.key, jax.random.split(arrays["state/key"])[0])
+    assert seeds == [100 + 3 * 4]
+
+
+@pytest.mark.parametrize(("m", "env_id", "name", "expected"), [
+    pytest.param(m, env_id, *rest, marks=[] if env_id == "Pong-v5" else [needs_procgen], id=f"{m.__name__}-{env_id}")
+    for own, env_id, *rest in ((ppd_atari, "Pong-v5", "episodic_life", True), (ppd_procgen, "CoinrunEasy-v0", "start_level", 0))
+    for m in (own, ppd_beyond, train_teacher, *BASELINES)])
+def test_a_run_learns_from_single_lives_and_from_levels_of_training(m, env_id, name, expected, tmp_path, teachers, monkeypatch):
+    """Unlike the evaluation."""
+    class Made(Exception):
+        pass
+
+    def make(*args, **options):
+        raise Made(options[name])
+
+    taught = str(teachers(env_id))
+    flags = {} if m is train_teacher else {"teacher": (taught,) if m is ppd_beyond else taught}
+    monkeypatch.setattr(envpool, "make_gymnasium", make)
+    with pytest.raises(Made) as made:
+        m.main(small(m, env_id, tmp_path / "run", **flags))
+    assert made.value.args[0] == expected
+
+
+@pytest.mark.parametrize("m", BASELINES)
+def test_who_acts(m, tmp_path, tiny_teacher, monkeypatch):
+    class Acted(Exception):
+        pass
+
+    def act(num_devices, policy, *rest):
+        raise Acted(policy.network.hidden)
+
+    monkeypatch.setattr(m, "act_on_states", act)
+    with pytest.raises(Acted) as acted:
+        m.main(small(m, "Hopper-v4", tmp_path / "run", teacher=str(tiny_teacher)))
+    assert acted.value.args[0] == ((8, 8) if m is teacher_distill else (8,))
 
 
 @pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax])
