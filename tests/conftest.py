@@ -92,6 +92,21 @@ def words(args):
         (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])))]
 
 
+def first_call(monkeypatch, where, name, begin):
+    """The arguments and keywords of the first call of a function, which ends what began."""
+
+    class Called(Exception):
+        pass
+
+    def call(*args, **options):
+        raise Called(args, options)
+
+    with monkeypatch.context() as patch, pytest.raises(Called) as called:
+        patch.setattr(where, name, call)
+        begin()
+    return called.value.args
+
+
 def go_on(m, folder, *flags):
     """What `python {script} --resume {folder}` does, with further flags."""
     return m.main(m.parse_args(["--resume", str(folder), *map(str, flags)]))

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, needs_procgen
+from conftest import ROOT, first_call, needs_procgen
 from test_learning import made_up_teacher
 
 import evaluate
@@ -67,20 +67,10 @@ def test_the_table_covers_every_flag_of_learning(m):
     assert set(m.Args.__dataclass_fields__) - table - others - inherited == set()
 
 
-class Made(Exception):
-    """Raised where the environments would be made."""
-
-
 def played(m, monkeypatch, **flags):
     """How a script's environments would be played."""
-
-    def make_envs(env_id, num_envs, seed, variant, *rest, **options):
-        raise Made(variant)
-
-    monkeypatch.setattr(m, "make_envs", make_envs)
-    with pytest.raises(Made) as made:
-        m.main(m.Args(**flags))
-    return made.value.args[0]
+    (_, _, _, variant, *_), _ = first_call(monkeypatch, m, "make_envs", lambda: m.main(m.Args(**flags)))
+    return variant
 
 
 @pytest.mark.parametrize(("env_id", "variant"), [

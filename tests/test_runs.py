@@ -32,6 +32,7 @@ from conftest import (
     ROOT,
     RUNS,
     checkpoints,
+    first_call,
     go_on,
     needs_procgen,
     on,
@@ -310,9 +311,7 @@ def test_a_run_can_be_extended(m, whole, finished, tmp_path, monkeypatch):
     before, size = without_timing(folder), 20 if m in BASELINES else 64
     more = (80 if m in BASELINES else 5) * size
     monkeypatch.setattr(m, "assess", nothing)
-    with monkeypatch.context() as killed, pytest.raises(ZeroDivisionError):
-        killed.setattr(m, "collect", lambda *args: 1 / 0)
-        go_on(m, folder, "--total-timesteps", more)
+    first_call(monkeypatch, m, "collect", lambda: go_on(m, folder, "--total-timesteps", more))
     go_on(m, folder)
     assert steps(folder) == (list(range(400, 1001, 400)) + [1000, 1200, 1600] if m in BASELINES else list(range(64, more + 1, 64)))
     assert without_timing(folder)[:len(before)] == before or not whole
@@ -346,32 +345,17 @@ def test_a_run_goes_on_with_all_that_it_has_learned(tmp_path, tiny_teacher, monk
     for m in (own, ppd_beyond, train_teacher, *BASELINES)])
 def test_a_run_learns_from_single_lives_and_from_levels_of_training(m, env_id, name, expected, tmp_path, teachers, monkeypatch):
     """Unlike the evaluation."""
-    class Made(Exception):
-        pass
-
-    def make(*args, **options):
-        raise Made(options[name])
-
     taught = str(teachers(env_id))
     flags = {} if m is train_teacher else {"teacher": (taught,) if m is ppd_beyond else taught}
-    monkeypatch.setattr(envpool, "make_gymnasium", make)
-    with pytest.raises(Made) as made:
-        m.main(small(m, env_id, tmp_path / "run", **flags))
-    assert made.value.args[0] == expected
+    _, options = first_call(monkeypatch, envpool, "make_gymnasium", lambda: m.main(small(m, env_id, tmp_path / "run", **flags)))
+    assert options[name] == expected
 
 
 @pytest.mark.parametrize("m", BASELINES)
 def test_who_acts(m, tmp_path, tiny_teacher, monkeypatch):
-    class Acted(Exception):
-        pass
-
-    def act(num_devices, policy, *rest):
-        raise Acted(policy.network.hidden)
-
-    monkeypatch.setattr(m, "act_on_states", act)
-    with pytest.raises(Acted) as acted:
-        m.main(small(m, "Hopper-v4", tmp_path / "run", teacher=str(tiny_teacher)))
-    assert acted.value.args[0] == ((8, 8) if m is teacher_distill else (8,))
+    args = small(m, "Hopper-v4", tmp_path / "run", teacher=str(tiny_teacher))
+    (_, policy, *_), _ = first_call(monkeypatch, m, "act_on_states", lambda: m.main(args))
+    assert policy.network.hidden == ((8, 8) if m is teacher_distill else (8,))
 
 
 @pytest.mark.parametrize("m", [ppd_mujoco, ppd_gymnax])
