@@ -64,6 +64,7 @@ BAD = [
     (train_teacher, "--resume {x}/whole --device gpu", "--device gpu: JAX finds no GPU"),
     (train_teacher, "--resume {x}/whole --seed 5", "--seed 5 contradicts {x}/whole, where it is 100"),
     (train_teacher, "--resume {x}/whole --total-timesteps 5", "--total-timesteps can extend a run, not shorten it: {x}/whole has 1000"),
+    (train_teacher, "--resume {x}/whole --total-timesteps None", "--total-timesteps can extend a run, not shorten it: {x}/whole has 1000"),
     (train_teacher, "--resume {x}/whole --total-timesteps 10000000000000", "--total-timesteps must lie between 1 and"),
     (train_teacher, "--num-envs 1 --num-steps 8 --num-minibatches 8", "into equal parts of at least 2"),
     (train_teacher, "--track", "--track needs Weights & Biases: pip install wandb"),
