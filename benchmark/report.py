@@ -13,6 +13,7 @@ Source of the paper's numbers: paper_tables.csv, from Spigler, "Proximal Policy 
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -99,9 +100,15 @@ def references(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@functools.cache
+def paper_tables() -> pd.DataFrame:
+    """Read every number of the paper's tables."""
+    return pd.read_csv(ROOT / "benchmark/paper_tables.csv")
+
+
 def paper_value(table: int, suite: str, size: str, method: str, env: str = "all", split: str = "") -> str:
     """Return a cell of the paper's tables, or nothing."""
-    known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
+    known = paper_tables()
     found = known[(known.table == table) & (known.suite == suite) & (known["size"] == size) & (known.method == method)
                   & (known.env == env) & (known.split == ("train" if split else "test"))]
     return "" if found.empty else f"{found.value.iloc[0]:g}"
