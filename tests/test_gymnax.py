@@ -512,6 +512,24 @@ def test_a_baseline_regresses_to_its_teachers_values_and_a_teachers_statistics_t
     np.testing.assert_allclose(stats.var, seen.var(0), rtol=1e-3)
 
 
+def test_an_epoch_takes_every_sample_once_in_an_order_of_its_own(monkeypatch):
+    args, networks, state = made_up(num_envs=8, num_steps=16, num_minibatches=4, update_epochs=3)
+    rollout = act(args, networks.policy, state.params["policy"], state.obs_stats, state.world, state.key)[1]
+    taken, pick = [], m.pick
+
+    def watched(tree, which):
+        if isinstance(tree, m.Batch):
+            jax.debug.callback(lambda x: taken.append(np.array(x)), which, ordered=True)
+        return pick(tree, which)
+
+    monkeypatch.setattr(m, "pick", watched)
+    m.learn_ppd(args, networks._replace(teacher=None), None, state, rollout, 0.0)
+    jax.effects_barrier()
+    assert [x.shape for x in taken] == [(32,)] * 12
+    orders = np.reshape(taken, (3, 128))
+    assert (np.sort(orders) == np.arange(128)).all() and len({*map(tuple, orders), tuple(range(128))}) == 4
+
+
 def test_lambda_and_noise_reach_the_student(tmp_path, monkeypatch):
     train, given = m.train, []
 
