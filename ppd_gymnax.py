@@ -1362,8 +1362,7 @@ def fit(args: Args, networks: Networks, teacher: dict | None, start: tuple | Non
         if goals.min() <= 0:
             fail("--distill-coef-decay return needs teachers of positive return; one of those in "
                  f"{args.teacher or run.folder} has {goals.min():g}")
-    if run.logged["rows"] == 0:
-        run.save(phase, 0, networks, state, teacher)
+    run.save(phase, first * updates, networks, state, teacher)  # going on, with the flags that have changed
 
     bar = trange(first + 1, args.parts + 1, initial=first, total=args.parts, desc=f"{args.env_id} {phase}", unit="part",
                  mininterval=0.5 if sys.stderr.isatty() else 60.0)

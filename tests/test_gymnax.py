@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, rows, without_timing
+from conftest import ROOT, first_call, go_on, rows, without_timing
 
 import evaluate
 import ppd_gymnax as m
@@ -433,6 +433,13 @@ def test_a_population_goes_on_to_the_bit(tmp_path, monkeypatch, capsys):
         a, b = (m.read_file(tmp_path / run / f"{name}.safetensors")[1] for run in ("whole", "cut"))
         assert a.keys() == b.keys() and all(np.array_equal(a[each], b[each]) for each in a), name
     assert without_timing(tmp_path / "whole") == without_timing(tmp_path / "cut")
+
+
+def test_a_flag_that_may_change_is_kept_by_a_run_that_goes_on(tmp_path, monkeypatch):
+    m.main(small(tmp_path / "run", num_seeds=1, total_timesteps=64))
+    first_call(monkeypatch, m, "assess", lambda: go_on(m, tmp_path / "run", "--eval-episodes", 3))
+    go_on(m, tmp_path / "run")
+    assert [len(returns) for returns in json.loads((tmp_path / "run/results.json").read_text())["results"]["student"]["returns"]] == [3]
 
 
 def test_a_teacher_that_the_decay_cannot_take_is_kept(tmp_path, capsys):
