@@ -150,6 +150,16 @@ def test_evaluate_measures_what_the_import_did(name, imported, capsys):
 
 
 @pytest.mark.sb3
+def test_the_program_trains_imports_and_distils(tmp_path, monkeypatch):
+    student = "ppd_gymnax.py --env-id CartPole-v1 --num-seeds 1 --total-timesteps 2048 --eval-episodes 3"
+    monkeypatch.setitem(imported_agents.AGENTS, "cartpole", imported_agents.AGENTS["cartpole"] | {"steps": 256, "episodes": 4, "student": student})
+    imported_agents.main(imported_agents.Args("cartpole", json=tmp_path / "new/found.json"))
+    found = json.loads((tmp_path / "new/found.json").read_text())
+    assert (found["steps"], found["student_command"], len(found["teacher"]["returns"])) == (256, student, 100)
+    assert [len(found[name]["returns"]) for name in ("theirs", "student")] == [4, 3] and found["theirs"]["mean"] >= 8
+
+
+@pytest.mark.sb3
 @pytest.mark.parametrize("name", ["tanh", "normalized", "raw"])
 def test_returns_are_those_in_gymnasium(name, imported):
     """Within four standard errors, of 40 episodes in another simulator."""
