@@ -108,7 +108,8 @@ def test_the_effect_of_the_detached_weight_is_that_of_the_raw_results():
     """Means over three seeds in the prose, wherever they stand."""
     with open(ROOT / "benchmark/results/mujoco.csv", newline="") as file:
         table = [row for row in csv.DictReader(file) if row["experiment"] == "beyond" and row["size"] == "smaller"]
-    ends = {"Humanoid": r"Humanoid's [a-z ]*end at\s+{}\s+of their teacher instead of\s+{}", "HalfCheetah": r"HalfCheetah's at {} instead of {}"}
+    ends = {"Humanoid": r"Humanoid's [a-z ]*end at\s+{}\s+of their teacher instead of\s+{}", "HalfCheetah": r"HalfCheetah's at {} instead of {}",
+            "Ant": r"Ant's at\s+{} instead of {}"}
     for task, words in ends.items():
         means = []
         for method in ("ppd-detached", "ppd"):
