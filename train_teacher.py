@@ -1026,7 +1026,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         for name, value in vars(run).items():
             if name not in RESUMABLE and getattr(args, name) != value:
                 fail(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {args.resume}, where it is {value}")
-        if (args.total_timesteps or 0) < run.total_timesteps:  # None is no longer either
+        if (args.total_timesteps or 0) < run.total_timesteps:  # None extends nothing
             fail(f"--total-timesteps can extend a run, not shorten it: {args.resume} has {run.total_timesteps}")
     return args
 
