@@ -75,7 +75,9 @@ PRIORS = {"procgen": ("JumperEasy-v0", "NinjaEasy-v0")}
 STUDENT_SEEDS = (100, 200, 300)
 
 # One run of gymnax learns all of its seeds, and all λ, side by side; λ = 0 is PPO: what a student learns by itself
-GYMNAX = ("--num-seeds", "5", "--teacher-timesteps", "1000000", "--total-timesteps", "200000")
+GYMNAX = ("--num-seeds", "5")
+GYMNAX_STEPS = ("--teacher-timesteps", "10000000", "--total-timesteps", "2000000")  # the paper's
+GYMNAX_SHORT = ("--teacher-timesteps", "1000000", "--total-timesteps", "200000")  # of what is not the paper's
 GYMNAX_COEFS = (0.0, *DISTILL_COEFS)
 
 # Tasks of the miniature, and its flags; networks of images are too slow without a GPU
@@ -86,7 +88,8 @@ MINIATURE = {
 }
 
 PAPER = ("teachers", "methods", "imperfect", "lambda")
-EXPERIMENTS = (*PAPER, "beyond", "adaptive", "several", "cpu-teachers", "cpu-methods", "cpu-imperfect", "cpu-priors")
+EXPERIMENTS = (*PAPER, "beyond", "adaptive", "several", "short-teachers", "cpu-teachers", "cpu-methods",
+               "cpu-imperfect", "cpu-priors")
 
 
 class Run(NamedTuple):
@@ -123,6 +126,8 @@ class Run(NamedTuple):
         if self.experiment.startswith("cpu"):
             task = PRIOR if self.method == "ppd-prior" else self.task
             return Run("cpu-teachers", self.suite, task, "ppo", "smaller", self.seed)
+        if self.suite == "gymnax" and self.experiment not in PAPER:
+            return Run("short-teachers", self.suite, self.task, "ppo", "same", self.seed)
         seed = SEEDS[0] if self.experiment in ("beyond", "several") else self.seed
         return Run("teachers", self.suite, self.task, "ppo", "same", seed)
 
@@ -146,6 +151,7 @@ def experiments(suite: str) -> Iterator[Run]:
         yield from (Run("several", suite, task, method, "larger", seed)
                     for task in SEVERAL_TASKS.get(suite, ()) for method in SEVERAL)
     if suite == "gymnax":
+        yield from (Run("short-teachers", suite, task, "ppo", "same", SEEDS[0]) for task in TASKS[suite])
         yield from (Run("adaptive", suite, task, method, "larger", SEEDS[0])
                     for task in TASKS[suite] for method in ADAPTIVE)
     for task in CPU_TASKS.get(suite, ()):
@@ -163,11 +169,11 @@ class Args:
     """All flags of this program; any other filter that is not given lets everything pass."""
 
     experiment: tuple[
-        Literal["teachers", "methods", "imperfect", "lambda", "beyond", "adaptive", "several", "cpu-teachers",
-                "cpu-methods", "cpu-imperfect", "cpu-priors"], ...] = PAPER
+        Literal["teachers", "methods", "imperfect", "lambda", "beyond", "adaptive", "several", "short-teachers",
+                "cpu-teachers", "cpu-methods", "cpu-imperfect", "cpu-priors"], ...] = PAPER
     """filter, by default the paper's: teachers; every method and size; corrupted teachers; several λ; not the paper's:
-    PPD with a changed distillation term; λ that adapts; two corrupted teachers; with cpu-, images at a scale that a CPU
-    can train, priors among them: teachers of another game"""
+    PPD with a changed distillation term; λ that adapts; two corrupted teachers; MinAtar's teachers for these; with
+    cpu-, images at a scale that a CPU can train, priors among them: teachers of another game"""
     suite: tuple[Literal["atari", "mujoco", "procgen", "gymnax"], ...] = ()
     """filter"""
     task: tuple[str, ...] = ()
@@ -234,7 +240,8 @@ def command(run: Run, args: Args) -> list[str]:
     """The command line of a run, from the start, for the repository's folder."""
     words = ["python", run.script, "--env-id", run.task, "--seed", str(run.seed)]
     if run.suite == "gymnax":
-        words += [*GYMNAX, "--method", "ppd" if run.method in VARIANTS else run.method]
+        words += [*GYMNAX, *(GYMNAX_STEPS if run.experiment in PAPER else GYMNAX_SHORT)]
+        words += ["--method", "ppd" if run.method in VARIANTS else run.method]
     if run.experiment == "cpu-teachers":
         words += ["--size", "smaller", "--total-timesteps", CPU_TEACHER_TIMESTEPS[run.suite]]
     if run.method != "ppo":

@@ -73,7 +73,7 @@ def load(folder: Path) -> pd.DataFrame:
     # On MuJoCo all students beyond the paper have one teacher, and priors are teachers of other tasks
     shared = runs.experiment.isin(["beyond", "several"]) & (runs.suite != "gymnax") | (runs.method == "ppd-prior")
     own = runs[~shared]
-    apart = own.experiment.str.extract("^(beyond|cpu-)")[0].fillna("")  # these are compared among themselves alone
+    apart = own.experiment.str.extract("^(beyond|adaptive|short-|cpu-)")[0].fillna("")  # groups of their own
     for (_, task, seed, _), means in own.groupby(["suite", "task", "seed", apart]).teacher_mean:
         if means.max() - means.min() > 0.01 * means.abs().max():
             print(f"note: {task}, seed {seed}: rows of different teachers or machines, whose returns are "

@@ -49,7 +49,7 @@ def test_the_grid_is_the_papers():
     count = {name: sum(run.experiment == name for run in paper) for name in grid.EXPERIMENTS}
     assert count == {"teachers": tasks * seeds, "methods": tasks * 3 * 3 * seeds, "imperfect": 8 * 3 * seeds, "lambda": 4 * 3 * seeds,  # λ = 1 is among the methods
                      "cpu-teachers": 5, "cpu-methods": (4 * 2 + 1) * 3, "cpu-imperfect": 4 * 3, "cpu-priors": 2 * 2,
-                     "beyond": 4 * 2 * 4 * 3, "adaptive": 0, "several": 2 * 3 * 3}
+                     "beyond": 4 * 2 * 4 * 3, "adaptive": 0, "short-teachers": 0, "several": 2 * 3 * 3}
     assert {run.method for run in runs if run.experiment == "adaptive"} == set(grid.ADAPTIVE)
     known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
     for suite, table in itertools.product(("atari", "mujoco", "procgen"), (5, 6)):
@@ -69,6 +69,9 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
             assert (flags.method, flags.num_seeds) == ("ppd" if run.method in grid.VARIANTS else run.method, 5)
             assert (flags.distill_coef_decay == "return", flags.pbt_interval == 5) == (run.method == "ppd-decay", run.method == "ppd-pbt")
             assert run.experiment != "adaptive" or flags.distill_coef == (0.5, 1, 2, 5)
+            teacher_steps = 10_000_000 if run.experiment in grid.PAPER else 1_000_000
+            assert (flags.teacher_timesteps, flags.total_timesteps) == (teacher_steps, teacher_steps // 5)
+            assert run.teacher is None or (run.teacher.experiment == "teachers") == (run.experiment in grid.PAPER)
         if run.experiment == "cpu-teachers":
             assert flags.size == run.size
         if run.method != "ppo":
@@ -395,8 +398,9 @@ def test_committed_rows_are_whole():
         assert len({tuple(row[name] for name in grid.KEY) for row in rows}) == len(rows)
         teachers = {}
         for row in rows:  # all of a task and seed had the same one, up to the rounding of different CPUs, but for those beyond the paper
-            kind = row["experiment"] if row["experiment"] in ("beyond", "several") else row["experiment"].startswith("cpu-")
-            about = (row["task"], row["seed"], kind, row["method"] == "ppd-prior")
+            own = re.match("beyond|several|adaptive|short-|cpu-", row["experiment"])
+            device = row["versions"].partition(" device ")[2] if path.stem == "gymnax" else ""
+            about = (row["task"], row["seed"], own and own[0], row["method"] == "ppd-prior", device)
             first = teachers.setdefault(about, float(row["teacher_mean"]))
             assert float(row["teacher_mean"]) == pytest.approx(first, rel=1e-3 if path.stem != "gymnax" else 0)
         for row in rows:
