@@ -45,6 +45,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -516,6 +517,13 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
+def other_version(about: dict) -> str:
+    """Return which version of the environments a model's own run had, if not this one: another's images can differ."""
+    library, versions = "gymnax" if about.get("library") == "gymnax" else "envpool", about.get("versions")
+    had, here = versions.get(library) if isinstance(versions, dict) else None, metadata.version(library)
+    return f", with {library} {plain(str(had))} instead of {here}" if had not in (None, here) else ""
+
+
 def gymnax_suite(env_id: str) -> str:
     """Return the suite of one of gymnax's tasks, minatar or states; end the program for other tasks."""
     import gymnax
@@ -777,7 +785,7 @@ def main(args: Args) -> dict[str, float]:
                "median": float(np.median(returns)), "max": max(returns)}
     print(about["title"])
     print(f"{describe(evaluation)}, min {numbers['min']:.1f}, median {numbers['median']:.1f}, max {numbers['max']:.1f}")
-    print(f"its own run measured {about['measured']}")
+    print(f"its own run measured {about['measured']}{other_version(about)}")
     if args.json:
         said = {name: about[name] for name in ("env_id", "command", "variant")}
         write_atomic(Path(args.json), said | {"seed": args.seed} | numbers | evaluation)

@@ -76,6 +76,9 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
         for word, mean in (("unbroken", result["means"]["unbroken"]), ("half-way and resumed", result["means"]["resumed"])):
             assert any(f"{mean:.3f}" in line for line in rows(word)), mean
         return
+    elif "teacher" not in result:  # evaluate.py
+        figures = [" | ".join(f"{found['mean']:.1f} ± {found['std']:.1f}" for found in (result, result["train_levels"]))]
+        lines = rows(f"evaluate.py teachers/{result['env_id']}__")
     else:
         whom = ("student", "teacher") if "student" in result else ("teacher",)
         digits = 1 if result["teacher"]["mean"] < 100 else 0

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib import metadata
 from types import SimpleNamespace
 
 import envpool
@@ -723,6 +724,15 @@ def test_a_model_card_says_what_was_measured(env_id, teachers, tmp_path, monkeyp
     with pytest.raises(SystemExit):
         evaluate.main(args)
     assert "exists" in capsys.readouterr().err
+
+
+def test_a_model_of_another_version_of_the_environments_is_told_apart():
+    """Procgen's images of envpool 1.2.5 are not those of 1.2.7, so returns differ."""
+    here = metadata.version("envpool")
+    assert evaluate.other_version({"versions": {"envpool": "0.1\x1b"}}) == f", with envpool 0.1  instead of {here}"
+    for about in ({"versions": {"envpool": here}}, {"versions": {"gymnax": "0.1"}}, {"versions": "envpool"}, {}):
+        assert evaluate.other_version(about) == ""
+    assert "gymnax 0.1 instead of" in evaluate.other_version({"library": "gymnax", "versions": {"gymnax": "0.1"}})
 
 
 def test_what_a_model_says_of_its_task_is_all_that_reaches_the_simulator(tiny_teacher, monkeypatch):
