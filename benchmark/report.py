@@ -420,7 +420,9 @@ def cpu_table(runs: pd.DataFrame, suite: str) -> str:
         students = [scores_at(rows[rows.method == name], "student", split, taught) for name in METHODS]
         units = f"{size.partition('-')[2] or 64} units"
         table.append([task, label, units, *map(cell_of, (taught, corrupted, *students))])
-    return markdown(["task", "levels", "students", "teacher", "corrupted teacher", *METHODS], table)
+    header = ["task", "levels", "students", "teacher", "corrupted teacher", *METHODS]
+    filled = [i for i, name in enumerate(header) if name in METHODS or any(row[i] for row in table)]
+    return markdown([header[i] for i in filled], [[row[i] for i in filled] for row in table])
 
 
 def priors_table(runs: pd.DataFrame) -> str:
