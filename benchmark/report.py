@@ -401,10 +401,9 @@ def reference_table(runs: pd.DataFrame) -> str:
     return markdown(header, table)
 
 
-def budget(rows: pd.DataFrame) -> str:
-    """Return a suite's name, and of gymnax the steps of students, of which its studies have different ones."""
-    suite = rows.suite.max()
-    return SUITES.get(suite, "") + (f", students of {rows.steps.max():,.0f} steps" if suite == "gymnax" else "")
+def name_of(suite: str, rows: pd.DataFrame) -> str:
+    """Return a suite's name, and of gymnax how long students learn, since its studies differ in that."""
+    return SUITES[suite] + (f", students of {rows.steps.max():,.0f} steps" if suite == "gymnax" else "")
 
 
 def cpu_table(runs: pd.DataFrame, suite: str) -> str:
@@ -699,7 +698,7 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
             shown.append(f"![{title}]({name})")
         changed = runs[(runs.suite == suite) & (runs.experiment == "beyond") & (runs["size"] == "smaller")]
         labels = {method: label for method, label in VARIANTS.items() if method in set(changed.method)}
-        title = f"{budget(changed)}: smaller students by PPD with one thing changed"
+        title = f"{name_of(suite, changed)}: smaller students by PPD with one thing changed"
         name = f"figure_beyond_{suite}.png"
         if curves(folder, changed, "method", labels, name, title):
             shown.append(f"![{title}]({name})")
@@ -759,12 +758,13 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                 f"returns: {spread(each[each.experiment == 'lambda'])}\n\n" + lambda_table(runs, suite))
         if "beyond" in kinds:
             found[f"{suite}-beyond"] = (
-                f"{budget(each[each.experiment == 'beyond'])}: PPD with one thing changed, as a fraction of the "
-                "teacher's return; mean and 95% interval over seeds\n\n" + beyond_table(runs, suite))
+                f"{name_of(suite, each[each.experiment == 'beyond'])}: PPD with one thing changed, as a fraction of "
+                "the teacher's return; mean and 95% interval over seeds\n\n" + beyond_table(runs, suite))
         if "adaptive" in kinds:
             found[f"{suite}-adaptive"] = (
-                f"{budget(each[each.experiment == 'adaptive'])}: larger students of corrupted teachers by PPD, as a "
-                "fraction of the original's return; mean and 95% interval over seeds\n\n" + adaptive_table(runs, suite))
+                f"{name_of(suite, each[each.experiment == 'adaptive'])}: larger students of corrupted teachers by PPD, "
+                "as a fraction of the original's return; mean and 95% interval over seeds\n\n"
+                + adaptive_table(runs, suite))
         if "several" in kinds:
             found[f"{suite}-several"] = (
                 f"{name}: larger students of two corrupted teachers and of each, as a fraction of the original's "
