@@ -305,6 +305,19 @@ def methods_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "
     return markdown(header, table)
 
 
+def summary_table(runs: pd.DataFrame) -> str:
+    """Return students as fractions of their teachers in all suites with runs; the paper's numbers where it has them."""
+    header = ["", "students", *METHODS, "tasks × seeds", "the paper's td, sd, ppd"]
+    runs, table = runs[runs.experiment == "methods"], []
+    for suite, size in itertools.product((name for name in SUITES if name in set(runs.suite)), SIZES):
+        each = runs[(runs.suite == suite) & (runs["size"] == size)]
+        cells = {name: aggregate(rows) for name, rows in by_method(each).items()}
+        paper = [paper_value(1, suite, size, name) for name in METHODS.values()]
+        table.append([SUITES[suite], size, *(cell["geometric"] for cell in cells.values()), number_of_runs(cells),
+                      ", ".join(filter(None, paper))])
+    return markdown(header, table)
+
+
 def improvement_table(runs: pd.DataFrame, suite: str) -> str:
     """Return how probable it is that a student of PPD scores higher than a baseline's."""
     runs, table = runs[runs.suite == suite], []
@@ -725,6 +738,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
         found["overview"] = ("Students as a fraction of their teachers, geometric mean (Table 1)\n\n"
                              + overview_table(runs, "geometric"))
         found["overview-iqm"] = "The same, interquartile mean\n\n" + overview_table(runs, "iqm")
+    if "methods" in set(runs.experiment):
+        found["summary"] = "Students as a fraction of their teachers, geometric mean\n\n" + summary_table(runs)
     for suite in (suite for suite in SUITES if suite in set(runs.suite)):
         each, name = runs[runs.suite == suite], SUITES[suite]
         kinds = set(each.experiment)
