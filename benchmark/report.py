@@ -419,13 +419,13 @@ def name_of(suite: str, rows: pd.DataFrame) -> str:
     return SUITES[suite] + (f", students of {rows.steps.max():,.0f} steps" if suite == "gymnax" else "")
 
 
-def cpu_table(runs: pd.DataFrame, suite: str) -> str:
+def cpu_table(runs: pd.DataFrame, suite: str, experiment: str) -> str:
     """Return results of images at CPU scale: return ± standard error over games, and the fraction of the teacher's."""
-    runs = runs[runs.experiment.isin(["cpu-methods", "cpu-imperfect"]) & (runs.suite == suite)]
+    runs = runs[(runs.experiment == experiment) & (runs.suite == suite)]
     levels = LEVELS if suite == "procgen" else {"": ""}
     table = []
-    groups = runs.groupby(["task", "size", "experiment", "seed"])
-    for ((task, size, experiment, _), rows), (label, split) in itertools.product(groups, levels.items()):
+    groups = runs.groupby(["task", "size", "seed"])
+    for ((task, size, _), rows), (label, split) in itertools.product(groups, levels.items()):
         taught = scores_at(rows[:1], "teacher", split)
         imperfect = experiment == "cpu-imperfect"
         corrupted = scores_at(rows[:1], "corrupted_teacher", split, taught) if imperfect else ()
@@ -789,10 +789,11 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
             found[f"{suite}-priors"] = (
                 f"{name} at CPU scale, {spread(small)}: returns ± standard error over games, and as a fraction of the "
                 "return of the game's own teacher\n\n" + priors_table(runs))
-        if kinds & {"cpu-methods", "cpu-imperfect"}:
-            found[f"{suite}-cpu"] = (
-                f"{name} at CPU scale, {spread(small)}: returns ± standard error over games, and as a fraction of the "
-                "teacher's\n\n" + cpu_table(runs, suite))
+        for experiment, key, of in (("cpu-methods", "cpu", ""), ("cpu-imperfect", "cpu-imperfect", "uncorrupted ")):
+            if experiment in kinds:
+                found[f"{suite}-{key}"] = (
+                    f"{name} at CPU scale, {spread(small)}: returns ± standard error over games, and as a fraction of "
+                    f"the {of}teacher's\n\n" + cpu_table(runs, suite, experiment))
         if suite == "procgen" and kinds & {"methods", "imperfect"}:
             found["procgen-train-methods"] = (
                 f"{name}, training levels: students as a fraction of their teachers, geometric mean (Table 7)\n\n"

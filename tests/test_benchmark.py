@@ -501,9 +501,10 @@ def test_the_table_of_images_at_cpu_scale():
             {"experiment": "cpu-imperfect", "method": "student-distill", "size": "smaller-512", "student_mean": 2.0, "student_std": 1.0,
              "student_train_mean": 4.0, "student_train_std": 1.0, "corrupted_teacher_mean": 1.0, "corrupted_teacher_std": 1.0,
              "corrupted_teacher_train_mean": 2.0, "corrupted_teacher_train_std": 1.0}]
-    table = report.cpu_table(pd.DataFrame([about | row for row in rows]), "procgen").splitlines()
-    assert table[2:] == [
-        "| CoinrunEasy-v0 | unseen levels | 64 units | 5.00 ± 0.20 |  |  |  | 4.50 ± 0.60 (0.90) |",
-        "| CoinrunEasy-v0 | training levels | 64 units | 8.00 ± 0.10 |  |  |  | 8.00 ± 0.10 (1.00) |",
+    runs = pd.DataFrame([about | row for row in rows])
+    assert report.cpu_table(runs, "procgen", "cpu-methods").splitlines()[2:] == [
+        "| CoinrunEasy-v0 | unseen levels | 64 units | 5.00 ± 0.20 |  |  | 4.50 ± 0.60 (0.90) |",
+        "| CoinrunEasy-v0 | training levels | 64 units | 8.00 ± 0.10 |  |  | 8.00 ± 0.10 (1.00) |"]
+    assert report.cpu_table(runs, "procgen", "cpu-imperfect").splitlines()[2:] == [
         "| CoinrunEasy-v0 | unseen levels | 512 units | 5.00 ± 0.20 | 1.00 ± 0.10 (0.20) |  | 2.00 ± 0.10 (0.40) |  |",
         "| CoinrunEasy-v0 | training levels | 512 units | 8.00 ± 0.10 | 2.00 ± 0.10 (0.25) |  | 4.00 ± 0.10 (0.50) |  |"]
