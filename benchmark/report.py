@@ -292,30 +292,30 @@ def overview_table(runs: pd.DataFrame, statistic: str) -> str:
     return markdown(header, table)
 
 
+def rows_by_size(runs: pd.DataFrame, suite: str, statistic: str, paper_suite: str, split: str = "") -> list[list[str]]:
+    """Return a row for each size: the students' fractions of their teachers, runs, and the paper's numbers if any."""
+    runs, rows = runs[(runs.experiment == "methods") & (runs.suite == suite)], []
+    number = 7 if split else 1
+    for size in SIZES:
+        cells = {name: aggregate(each, split=split) for name, each in by_method(runs[runs["size"] == size]).items()}
+        paper = [paper_value(number, paper_suite, size, name, split=split) for name in METHODS.values()]
+        rows.append([size, *(cell[statistic] for cell in cells.values()), number_of_runs(cells),
+                     ", ".join(filter(None, paper))])
+    return rows
+
+
 def methods_table(runs: pd.DataFrame, suite: str, statistic: str, split: str = "") -> str:
     """Return Table 1 (on Procgen's training levels Table 7): students of every size, as fractions of their teachers."""
     header = ["students", *METHODS, "tasks × seeds", f"the paper's td, sd, ppd{means(statistic)}"]
-    runs, table = runs[(runs.experiment == "methods") & (runs.suite == suite)], []
-    number = 7 if split else 1
-    for size in SIZES:
-        cells = {name: aggregate(rows, split=split) for name, rows in by_method(runs[runs["size"] == size]).items()}
-        paper = [paper_value(number, "all" if suite == "gymnax" else suite, size, name, split=split)
-                 for name in METHODS.values()]
-        table.append([size, *(cell[statistic] for cell in cells.values()), number_of_runs(cells), ", ".join(paper)])
-    return markdown(header, table)
+    return markdown(header, rows_by_size(runs, suite, statistic, "all" if suite == "gymnax" else suite, split))
 
 
 def summary_table(runs: pd.DataFrame) -> str:
     """Return students as fractions of their teachers in all suites with runs; the paper's numbers where it has them."""
     header = ["", "students", *METHODS, "tasks × seeds", "the paper's td, sd, ppd"]
-    runs, table = runs[runs.experiment == "methods"], []
-    for suite, size in itertools.product((name for name in SUITES if name in set(runs.suite)), SIZES):
-        each = runs[(runs.suite == suite) & (runs["size"] == size)]
-        cells = {name: aggregate(rows) for name, rows in by_method(each).items()}
-        paper = [paper_value(1, suite, size, name) for name in METHODS.values()]
-        table.append([SUITES[suite], size, *(cell["geometric"] for cell in cells.values()), number_of_runs(cells),
-                      ", ".join(filter(None, paper))])
-    return markdown(header, table)
+    suites = set(runs.suite[runs.experiment == "methods"])
+    return markdown(header, [[SUITES[suite], *row] for suite in SUITES if suite in suites
+                             for row in rows_by_size(runs, suite, "geometric", suite)])
 
 
 def improvement_table(runs: pd.DataFrame, suite: str) -> str:
@@ -427,8 +427,9 @@ def cpu_table(runs: pd.DataFrame, suite: str, experiment: str) -> str:
     groups = runs.groupby(["task", "size", "seed"])
     for ((task, size, _), rows), (label, split) in itertools.product(groups, levels.items()):
         taught = scores_at(rows[:1], "teacher", split)
-        imperfect = experiment == "cpu-imperfect"
-        corrupted = scores_at(rows[:1], "corrupted_teacher", split, taught) if imperfect else ()
+        corrupted = ()
+        if experiment == "cpu-imperfect":
+            corrupted = scores_at(rows[:1], "corrupted_teacher", split, taught)
         students = [scores_at(rows[rows.method == name], "student", split, taught) for name in METHODS]
         units = f"{size.partition('-')[2] or 64} units"
         table.append([task, label, units, *map(cell_of, (taught, corrupted, *students))])
