@@ -625,8 +625,12 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Return Adam after clipping of the gradient's global norm."""
-    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate, eps=1e-5))
+    """Return Adam after clipping of the gradient's global norm; that of the values of the KL divergence ahead apart."""
+    adam = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate, eps=1e-5))
+    if not args.distill_future_coef:
+        return adam
+    # Beyond: values that are far off must not take the others' steps
+    return optax.partition({"own": adam, "future": adam}, {"policy": "own", "value": "own", "future": "future"})
 
 
 def init_state(args: Args, networks: Networks, observation_shape: tuple[int, ...]) -> TrainState:
@@ -774,10 +778,12 @@ def update(
         kls = [divergence(distribution(outputs), pi, args.kl_direction) for outputs in teach(rollout.observations[1:])]
         total = sum(distill_coef)  # the values are of the mean divergence, so that they stay right while λ changes
         kl = sum(coef * kl for coef, kl in zip(distill_coef, kls, strict=True)) / jnp.maximum(total, 1e-8)
-        rewards, values = -kl * (1.0 - terminations), apply(networks.value, state.params["future"], observations)
+        horizon = 1.0 / max(1.0 - args.gamma, 1e-3)  # steps; the network's values are means over so many, not sums
+        rewards = -kl * (1.0 - terminations)
+        values = horizon * apply(networks.value, state.params["future"], observations)
         ahead, future = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
-        future_coef = args.distill_future_coef * total
-        advantages += future_coef * ahead
+        advantages += args.distill_future_coef * total * ahead
+        future /= horizon
 
     batch = Batch(
         observations[:-1], rollout.actions, log_probs, advantages, returns, weights, teacher_outputs, future)
@@ -792,7 +798,7 @@ def update(
         if args.distill_future_coef:  # Beyond
             errors = networks.value.apply(params["future"], samples.observations) - samples.future
             metrics["future_loss"] = weighted_mean(errors**2, samples.weights)
-            metrics["loss"] = loss = loss + args.vf_coef * future_coef**2 * metrics["future_loss"]
+            metrics["loss"] = loss = loss + args.vf_coef * metrics["future_loss"]
         return loss, metrics
 
     def train_minibatch(carry, indices):
@@ -1055,9 +1061,9 @@ def load_teachers(
         with checked(f"{path} is no teacher"):
             about, own = (saved["teacher"][k], arrays) if saved else read_file(path)
             env_id = env_id or about["env_id"]
-            teacher = make_teacher(args, env_id, about, own, f"teacher/{k}/" if saved else "")
             if (found := (about["observation_shape"], about["action_dim"])) != (needed := task_shape(env_id)):
                 fail(f"{path} is for observations and actions of {found}; those of {env_id} are {needed}")
+            teacher = make_teacher(args, env_id, about, own, f"teacher/{k}/" if saved else "")
             if about["env_id"] != env_id:
                 if decay == "return":
                     fail(f"--distill-coef-decay return needs teachers of {env_id}; {path} is of {about['env_id']}")

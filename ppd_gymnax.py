@@ -108,13 +108,13 @@ class Args:
     env_id: str = "Breakout-MinAtar"  # task by gymnax's name: of MinAtar, classic control, or Reacher-misc
     seed: int = 100  # first seed; a seed settles networks, actions, minibatches and environments
     num_seeds: int = 4  # seeds learned side by side: --seed and those after it
-    total_timesteps: int | None = None  # environment steps of each student; by default a fifth of its teacher's
+    total_timesteps: int | None = None  # environment steps of each student; by default a fifth of --teacher-timesteps
     cnn: bool = False  # a convolution and a hidden layer for MinAtar, in place of an MLP on the flattened grid
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where all of it runs; gpu is an error where there is none
 
     # Teacher
     teacher: str | None = None  # file for all seeds, or folder with teacher_{seed}.safetensors; by default trained here
-    teacher_timesteps: int | None = None  # environment steps of each teacher, where it is trained here
+    teacher_timesteps: int | None = None  # environment steps of a teacher trained here; ppo takes --total-timesteps too
     teacher_num_envs: int | None = None  # environments while the teacher is trained; by default as many as PPD's
     teacher_num_steps: int = 128  # steps of each environment in a rollout while the teacher is trained
     teacher_ent_coef: float | None = None  # weight of its entropy bonus: 0.01, but 0.05 for Acrobot and MountainCar
@@ -547,6 +547,7 @@ class TrainState(NamedTuple):
     key: jax.Array
     distill_coef: jax.Array  # λ of this run
     recent: jax.Array  # mean return of the episodes of the last part that had any; below all returns before that
+    fresh: jax.Array  # bool: such a part has come since the population's last exchange
 
 
 def make_networks(env_id: str, network: Network, teacher: Network | None = None) -> Networks:
@@ -560,9 +561,15 @@ def make_networks(env_id: str, network: Network, teacher: Network | None = None)
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Return Adam after clipping of the gradient's global norm, on one flat vector: fewer and larger operations."""
-    return optax.flatten(
+    """Return Adam after clipping of the gradient's global norm; that of the values of the KL divergence ahead apart.
+
+    On flat vectors: fewer and larger operations.
+    """
+    adam = optax.flatten(
         optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate, eps=1e-5)))
+    if not args.distill_future_coef:
+        return adam
+    return optax.partition({"own": adam, "future": adam}, {"policy": "own", "value": "own", "future": "future"})
 
 
 def init_state(args: Args, networks: Networks, seed: int) -> TrainState:
@@ -578,7 +585,7 @@ def init_state(args: Args, networks: Networks, seed: int) -> TrainState:
     return_stats = Stats(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-4))
     world = jax.jit(reset, static_argnums=(0, 1))(args.env_id, args.num_envs, reset_key)
     return TrainState(params, make_optimizer(args).init(params), obs_stats, return_stats, jnp.zeros(args.num_envs),
-                      world, key, distill_coef=jnp.float32(0.0), recent=jnp.float32(-1e9))
+                      world, key, distill_coef=jnp.float32(0.0), recent=jnp.float32(-1e9), fresh=jnp.bool_(False))
 
 
 def stack(trees: list) -> Any:
@@ -665,11 +672,12 @@ def learn_ppd(
     if args.distill_future_coef:  # PPD: the later KL divergence that an action leads to is a reward with its own values
         pi = distribution(networks.policy.apply(state.params["policy"], next_observations))
         kl = divergence(distribution(teach(args, networks, teacher, next_observations)), pi, args.kl_direction)
-        values = networks.value.apply(state.params["future"], observations)
-        next_values = networks.value.apply(state.params["future"], next_observations)
+        horizon = 1.0 / max(1.0 - args.gamma, 1e-3)  # steps; the network's values are means over so many, not sums
+        values = horizon * networks.value.apply(state.params["future"], observations)
+        next_values = horizon * networks.value.apply(state.params["future"], next_observations)
         ahead, future = gae(-kl * (1.0 - rollout.terminations), values, next_values)
-        future_coef = args.distill_future_coef * distill_coef
-        advantages += future_coef * ahead
+        advantages += args.distill_future_coef * distill_coef * ahead
+        future /= horizon
 
     batch = Batch(observations, rollout.actions, log_probs, advantages, returns, outputs, future)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
@@ -686,7 +694,7 @@ def learn_ppd(
             if args.distill_future_coef:  # PPD
                 errors = networks.value.apply(params["future"], minibatch.observations) - minibatch.future
                 metrics["future_loss"] = (errors**2).mean()
-                metrics["loss"] = loss = loss + args.vf_coef * future_coef**2 * metrics["future_loss"]
+                metrics["loss"] = loss = loss + args.vf_coef * metrics["future_loss"]
             return loss, metrics
 
         return gradient_step(args, loss_fn, *carry)
@@ -786,17 +794,20 @@ def train(
 def exploit(args: Args, state: TrainState, part: int) -> TrainState:
     """Let each seed's worst student go on from its best, with 0.8 or 1.25 times the λ of the best.
 
-    state: [R], NumPy arrays. Source: population based training, as in Schmitt et al. 2018.
+    Not where no episode of the seed has ended since the last time: there is nothing new to go by. state: [R], NumPy
+    arrays. Source: population based training, as in Schmitt et al. 2018.
     """
     runs, seeds = np.arange(len(state.recent)).reshape(-1, args.num_seeds), np.arange(args.num_seeds)
     best, worst = state.recent[runs].argmax(0), state.recent[runs].argmin(0)
     coins = [jax.random.bernoulli(jax.random.fold_in(jax.random.PRNGKey(seed), part)) for seed in args.seeds]
     parents, factors = runs.copy(), np.ones(runs.shape, np.float32)
-    parents[worst, seeds] = runs[best, seeds]
-    factors[worst, seeds] = np.where(best == worst, 1.0, np.where(coins, 1.25, 0.8))
+    moved = state.fresh[runs].any(0) & (best != worst)
+    parents[worst, seeds] = np.where(moved, runs[best, seeds], runs[worst, seeds])
+    factors[worst, seeds] = np.where(moved, np.where(coins, 1.25, 0.8), 1.0)
     parent = pick(state, parents.ravel())
     return state._replace(params=parent.params, opt_state=parent.opt_state, return_stats=parent.return_stats,
-                          distill_coef=parent.distill_coef * factors.ravel(), recent=parent.recent)
+                          distill_coef=parent.distill_coef * factors.ravel(), recent=parent.recent,
+                          fresh=np.zeros_like(state.fresh))
 
 
 # ======================================================================================================================
@@ -1043,6 +1054,8 @@ def load_teachers(args: Args) -> tuple[Network, dict | None]:
             for name, value in needed.items():
                 if about[name] != value:
                     raise ValueError(f"its {name} is {about[name]}, not {value}")
+            if args.distill_coef_decay == "return" and not about["evaluation"]["mean"] > 0:
+                fail(f"--distill-coef-decay return needs teachers of positive return; that of {path} has none")
             shapes = model(jax.eval_shape(partial(init_state, teacher_args(args), networks), 0))
             found.append((network, {name: fill(x, arrays, name) for name, x in shapes.items()}))
     known, teachers = zip(*found, strict=True)
@@ -1158,6 +1171,8 @@ def name_students(args: Args, state: TrainState) -> dict[str, dict]:
     """Return the students [S] by name: those of each λ, or those of a population whose last return was the highest."""
     students, runs = model(state), np.arange(len(state.recent)).reshape(-1, args.num_seeds)
     if args.pbt_interval:
+        if state.recent[runs].max(0).min() < -1e8:
+            print("no episode has ended while the students of a seed learned: the first λ's was taken", file=sys.stderr)
         return {"student": pick(students, runs[state.recent[runs].argmax(0), np.arange(args.num_seeds)])}
     if len(args.distill_coef) == 1:
         return {"student": students}
@@ -1221,6 +1236,7 @@ RANGES = {
 MAX_LAYERS = 64
 OF_PPD = ("distill_coef", "distill_coef_final", "distill_coef_decay", "pbt_interval", "distill_weight",
           "distill_future_coef", "teacher_mean_clip")  # flags of its distillation term
+OF_STUDENTS = ("student_size", "student_hidden", "ent_coef")
 RESUMABLE = ("resume", "device", "eval_episodes", "track", "wandb_project_name",
              "wandb_entity")  # flags that may change when a run goes on
 
@@ -1265,6 +1281,8 @@ def resolve(args: Args) -> Args:
                      "total_timesteps": max(1, (args.teacher_timesteps or known["teacher_timesteps"]) // 5)}
     if args.method.endswith("distill"):
         known |= BASELINES
+    if args.method == "ppo" and args.total_timesteps:
+        known["teacher_timesteps"] = args.total_timesteps
     args = dataclasses.replace(args, **{name: value for name, value in known.items() if getattr(args, name) is None})
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
@@ -1278,6 +1296,9 @@ def resolve(args: Args) -> Args:
     own = [name for name in OF_PPD if getattr(args, name) != getattr(Args(), name)]
     if args.method != "ppd" and own:
         fail(f"--{own[0].replace('_', '-')} is of PPD's term; {args.method} has none")
+    own = [name for name in OF_STUDENTS if getattr(args, name) != getattr(Args(), name)]
+    if args.method == "ppo" and own:
+        fail(f"--{own[0].replace('_', '-')} is of students; --method ppo trains teachers")
     if args.distill_coef_final is not None and args.distill_coef_decay != "none":
         fail("--distill-coef-final and --distill-coef-decay exclude each other")
     if args.distill_coef_decay == "return" and args.env_id in NEGATIVE:
@@ -1286,6 +1307,8 @@ def resolve(args: Args) -> Args:
         fail("--distill-coef has a number twice")
     if args.pbt_interval and len(args.distill_coef) < 2:
         fail("--pbt-interval needs a population: two numbers or more for --distill-coef")
+    if args.pbt_interval and args.pbt_interval >= args.parts:
+        fail(f"--pbt-interval {args.pbt_interval} leaves no exchange in a run of {args.parts} parts")
     if args.teacher_mean_clip and not env.action_space(params).shape:
         fail(f"--teacher-mean-clip is for continuous actions; those of {args.env_id} are not")
     if args.cnn and not is_grid(args.env_id):
@@ -1376,7 +1399,8 @@ def fit(args: Args, networks: Networks, teacher: dict | None, start: tuple | Non
             state, metrics = pick(jax.device_get(learned), slice(len(runs)))  # without what only fills the devices
             check_finite(metrics, f"updates {(part - 1) * updates + 1} to {part * updates} of the {phase}", run.folder)
             returns = metrics["charts/episodic_return"]
-            state = state._replace(recent=np.where(np.isnan(returns), state.recent, returns))
+            ended = ~np.isnan(returns)
+            state = state._replace(recent=np.where(ended, returns, state.recent), fresh=state.fresh | ended)
             if args.pbt_interval and part % args.pbt_interval == 0:
                 state = exploit(args, state, part)
 

@@ -169,7 +169,7 @@ def chain(m, monkeypatch, **flags):
         learned = {"policy": {"params": params}, "value": values} | ({"future": values} if args.distill_future_coef else {})
         learned = jax.tree.map(jnp.zeros_like, learned)
         state = m.TrainState(learned, m.make_optimizer(args).init(learned), stats,
-                             m.Stats(jnp.float32(0), jnp.float32(1), jnp.float32(1e-4)), jnp.zeros(2), None, jax.random.PRNGKey(0), None, None)
+                             m.Stats(jnp.float32(0), jnp.float32(1), jnp.float32(1e-4)), jnp.zeros(2), None, jax.random.PRNGKey(0), None, None, None)
         rollout = m.Rollout(*map(jnp.asarray, (observations[:3], actions, zeros, terminations, truncations, observations[1:], zeros)))
         teacher = {"policy": {"params": params}}
         _, found = m.learn_ppd(args, networks, teacher, state, rollout, jnp.float32(LAMBDA))
@@ -187,7 +187,8 @@ def test_the_divergence_ahead_on_a_chain(m, monkeypatch):
     found = chain(m, monkeypatch, distill_future_coef=BETA)
     assert found["advantages"] == pytest.approx(returns.mean(), rel=1e-5)
     assert found["squares"] == pytest.approx((returns**2).mean(), rel=1e-5)
-    assert found["future_loss"] == pytest.approx(((returns / scale) ** 2).mean(), rel=1e-5)  # its values are 0 as well
+    means = returns / scale * (1.0 - GAMMA)
+    assert found["future_loss"] == pytest.approx((means**2).mean(), rel=1e-5)  # its values are 0 as well
     assert found["teacher_kl"] == pytest.approx((0.5 + 2.0 + 4.5) / 3, rel=1e-5) and found["value_loss"] == 0.0
 
 
@@ -231,10 +232,10 @@ class Learner:
 
 
 def test_the_loss_in_the_log_has_all_terms():
-    """That of the values ahead in units of the rewards: with the square of βλ."""
+    """The values ahead count as the others do, whatever β and λ are."""
     _, metrics = Learner(False, distill_future_coef=0.25, vf_coef=0.25, ent_coef=0.125).learn(made_up_rollout(ppd_beyond, False), 2.0)
     found = {name.removeprefix("losses/"): float(value) for name, value in metrics.items()}
-    expected = found["policy_loss"] - 0.125 * found["entropy"] + 2.0 * found["distill_loss"] + 0.25 * (found["value_loss"] + 0.25 * found["future_loss"])
+    expected = found["policy_loss"] - 0.125 * found["entropy"] + 2.0 * found["distill_loss"] + 0.25 * (found["value_loss"] + found["future_loss"])
     assert found["loss"] == pytest.approx(expected, rel=1e-5) and found["future_loss"] > 1e-3
 
 
@@ -244,6 +245,20 @@ def test_nothing_is_ahead_where_lambda_is_0():
     (without, _), (ahead, _) = (Learner(False, distill_future_coef=beta).learn(rollout, 0.0) for beta in (0.0, 1.0))
     for name in ("policy", "value"):
         jax.tree.map(lambda x, y: close(x, y, 1e-6), without.params[name], ahead.params[name])
+
+
+@pytest.mark.parametrize("m", [ppd_beyond, ppd_gymnax])
+def test_the_gradient_of_the_values_ahead_is_clipped_apart(m):
+    """However large it is, policy and value take the steps that they take without it."""
+    own = {"policy": jnp.array([3.0, -1.0]), "value": jnp.array([0.5])}
+    steps = {}
+    for beta, grads in ((0.0, own), (1.0, own | {"future": jnp.array([1e6, -1e5])})):
+        optimizer = m.make_optimizer(m.Args(learning_rate=0.1, distill_future_coef=beta))
+        steps[beta], _ = optimizer.update(grads, optimizer.init(grads), grads)
+    assert same({name: steps[1.0][name] for name in own}, steps[0.0])
+    norm = np.hypot(1e6, 1e5) / m.Args().max_grad_norm
+    found = np.array([1e6, -1e5]) / norm
+    assert steps[1.0]["future"] == pytest.approx(-0.1 * found / (np.abs(found) + 1e-5), rel=1e-5)
 
 
 @pytest.mark.parametrize("images", [False, True])
@@ -440,7 +455,7 @@ BAD = [
     ("--teacher {t} {x}/infinite", "{x}/infinite is no teacher: ValueError its policy/params/Dense_0/bias is not finite"),
     ("--teacher {t} {x}/lacking", "{x}/lacking is no teacher: ValueError its obs_stats/mean is not finite and of the shape (11,)"),
     ("--teacher {x}/forceless", "is no teacher: ValueError its task was played with {{'contact_forces': 1}}"),
-    ("--teacher {t} {a}", "{a} is no teacher: ValueError its network, nature with 3 convolutions, is none of Hopper-v4"),
+    ("--teacher {t} {a}", "{a} is for observations and actions of ([4, 84, 84], 6); those of Hopper-v4 are ([11], 3)"),
     ("--teacher {t} --env-id Ant-v4", "is for observations and actions of ([11], 3); those of Ant-v4 are ([27], 8)"),
     ("--teacher {a} --env-id BeamRider-v5", "is for observations and actions of ([4, 84, 84], 6); those of BeamRider-v5 are"),
     ("--teacher {t} --distill-coef 1 2", "--distill-coef takes 1 number\n"),

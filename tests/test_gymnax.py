@@ -269,11 +269,22 @@ def test_lambda_falls_with_the_return(tmp_path):
             assert float(row["charts/distill_coef"]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_lambda_cannot_fall_with_the_return_of_a_teacher_that_has_none(tmp_path, capsys):
+    """The file says so, before anything is written."""
+    m.main(small(tmp_path / "run", num_seeds=1, method="ppo", student_hidden=None))
+    about, arrays = m.read_file(tmp_path / "run/teacher_100.safetensors")
+    m.save_file(tmp_path / "losing", about | {"evaluation": about["evaluation"] | {"mean": 0.0}}, arrays)
+    with pytest.raises(SystemExit) as ended:
+        m.main(small(tmp_path / "student", num_seeds=1, teacher=str(tmp_path / "losing"), distill_coef_decay="return"))
+    assert ended.value.code == 2 and "needs teachers of positive return" in capsys.readouterr().err
+    assert not (tmp_path / "student").exists()
+
+
 def test_the_worst_of_a_population_goes_on_from_the_best():
     """Two seeds, three λ: the worst takes what was learned, not where it stands."""
     args = m.resolve(m.Args(env_id="CartPole-v1", num_seeds=2, distill_coef=(0.5, 1.0, 2.0), pbt_interval=1, num_envs=2, student_hidden=(4,)))
     networks = m.make_networks(args.env_id, args.network)
-    states = [m.init_state(args, networks, i)._replace(distill_coef=jnp.float32(c), recent=jnp.float32(r))
+    states = [m.init_state(args, networks, i)._replace(distill_coef=jnp.float32(c), recent=jnp.float32(r), fresh=jnp.bool_(i == 4))
               for i, c, r in zip(range(6), (0.5, 0.5, 1.0, 1.0, 2.0, 2.0), (3.0, 7.0, 9.0, 7.0, 5.0, 7.0), strict=True)]
     before = jax.device_get(m.stack(states))
     after = m.exploit(args, before, 3)
@@ -286,6 +297,9 @@ def test_the_worst_of_a_population_goes_on_from_the_best():
             np.testing.assert_array_equal(x, y)
     assert float(after.distill_coef[0]) in (np.float32(0.8), np.float32(1.25))
     np.testing.assert_array_equal(after.distill_coef[1:], before.distill_coef[1:])
+    assert not after.fresh.any()
+    for x, y in zip(jax.tree.leaves(m.exploit(args, after, 4)), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(x, y)  # nothing new to go by
     factors = {float(m.exploit(args, before, part).distill_coef[0]) for part in range(8)}
     assert factors == {float(np.float32(0.8)), float(np.float32(1.25))}
 
@@ -296,15 +310,18 @@ def test_who_has_ended_no_episode_is_the_worst_of_a_population():
     networks = m.make_networks(args.env_id, args.network)
     begun = m.init_state(args, networks, 0)
     states = jax.device_get(m.stack([begun._replace(distill_coef=jnp.float32(0.5)),
-                                     begun._replace(distill_coef=jnp.float32(2.0), recent=jnp.float32(-500.0))]))
+                                     begun._replace(distill_coef=jnp.float32(2.0), recent=jnp.float32(-500.0), fresh=jnp.bool_(True))]))
     found = m.exploit(args, states, 1).distill_coef
     assert found[1] == 2.0 and found[0] in (np.float32(1.6), np.float32(2.5))
 
 
-def test_a_population_s_student_is_its_best():
+def test_a_population_s_student_is_its_best(capsys):
     args = m.Args(num_seeds=2, distill_coef=(0.5, 1.0, 2.0), pbt_interval=1)
-    state = m.TrainState({"policy": np.arange(6)}, *[None] * 7, np.array([3.0, 7.0, 9.0, 1.0, 5.0, 8.0]))
-    assert m.name_students(args, state)["student"]["policy"].tolist() == [2, 5]
+    state = m.TrainState({"policy": np.arange(6)}, *[None] * 7, np.array([3.0, 7.0, 9.0, 1.0, 5.0, 8.0]), None)
+    assert m.name_students(args, state)["student"]["policy"].tolist() == [2, 5] and not capsys.readouterr().err
+    never = state._replace(recent=np.where(np.arange(6) % 2, np.float32(-1e9), state.recent))
+    assert m.name_students(args, never)["student"]["policy"].tolist() == [2, 1]
+    assert "no episode has ended while the students of a seed learned" in capsys.readouterr().err
 
 
 def test_a_population_has_one_student_of_each_seed(tmp_path):
@@ -347,7 +364,7 @@ def test_the_teacher_stays_as_it_was(tmp_path):
 def test_teachers_trained_alone_teach_their_own_seeds(tmp_path):
     """Students of the teachers that --method ppo left are those of a run that trains teachers and students at once."""
     at_once = m.main(small(tmp_path / "at_once"))
-    alone = m.main(small(tmp_path / "alone", method="ppo"))
+    alone = m.main(small(tmp_path / "alone", method="ppo", student_hidden=None))
     assert "student" not in alone and alone["teacher"] == at_once["teacher"]
     files = {path.name for path in (tmp_path / "alone").iterdir()}
     assert {"teacher_100.safetensors", "teacher_101.safetensors", "curves.png"} <= files and not any("student" in name for name in files)
@@ -360,6 +377,7 @@ def test_teachers_trained_alone_teach_their_own_seeds(tmp_path):
 
 def test_baselines_take_as_many_gradient_steps_as_ppd():
     """And teachers are the same whatever the students' method; what is asked for is done."""
+    assert m.resolve(m.Args(method="ppo", total_timesteps=1000)).teacher_timesteps == 1000
     args = {name: m.resolve(m.Args(method=name)) for name in ("ppd", "student-distill", "teacher-distill", "ppo")}
     samples = {name: each.batch_size / (each.num_minibatches * each.update_epochs if name == "ppd" else 1) for name, each in args.items()}
     assert samples["ppd"] == 64 and samples["student-distill"] == samples["teacher-distill"] == 80
