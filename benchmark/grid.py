@@ -17,6 +17,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -284,6 +285,7 @@ def chosen(args: Args) -> list[Run]:
 
 
 GPUS = ("CUDA_VISIBLE_DEVICES",)
+OF_THE_GRID = {"--env-id", "--seed", "--teacher", "--method", "--student-size", "--size", "--run-dir", "--resume"}
 MAX_ARRAY = 1000  # jobs; what Slurm allows unless it is told otherwise
 
 
@@ -295,7 +297,7 @@ def is_done(run: Run, args: Args) -> bool:
 def check_command(run: Run, args: Args) -> None:
     """Ends the program where the folder has a run of this name by another command: other budgets, say."""
     path, words = ROOT / args.folder / f"{run.name}.command", known_command(run, args)
-    if path.exists() and path.read_text() != words:
+    if path.exists() and path.with_name(run.name).exists() and path.read_text() != words:
         fail(f"{args.folder} has {run.name} by another command; name another --folder")
 
 
@@ -385,9 +387,10 @@ def progress(run: Run, args: Args) -> float:
 
 
 def last_words(run: Run, args: Args) -> str:
-    """The last line that a run has printed: where it failed, why."""
+    """The last line of words that a run has printed, a frame around them aside: where it failed, why."""
     path = ROOT / args.folder / f"{run.name}.log"
-    lines = path.read_text().replace("\r", "\n").strip().splitlines() if path.exists() else []
+    lines = path.read_text().replace("\r", "\n").splitlines() if path.exists() else []
+    lines = [line.strip(" │") for line in lines if re.search(r"\w", line)]
     return lines[-1] if lines else f"it has not begun; see {args.folder / 'jobs'}"
 
 
@@ -557,11 +560,11 @@ def main(args: Args) -> int:
     if args.processes is not None and args.processes < 1:
         fail(f"--processes must be at least 1, not {args.processes}")
     try:
-        shlex.split(args.extra)
+        given = {word.partition("=")[0].replace("_", "-") for word in shlex.split(args.extra)}
     except ValueError as error:
         fail(f"--extra {args.extra}: {error}")
-    if (ROOT / args.folder).is_file():
-        fail(f"--folder {args.folder} is a file")
+    if own := sorted(given & OF_THE_GRID):
+        fail(f"--extra cannot change {own[0]}, which the rows of a run go by")
     runs = chosen(args)
     if not runs:
         fail("no run passes these filters")
@@ -572,7 +575,11 @@ def main(args: Args) -> int:
         for run in runs:
             print(shlex.join(command(run, args)), *["  # done"] * is_done(run, args))
         return 0
-    (ROOT / args.folder).mkdir(parents=True, exist_ok=True)
+    for path in (args.folder, args.results or args.folder / "results"):
+        try:
+            (ROOT / path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"cannot create {path}: {error.strerror}")
     began = time.time()
     try:
         failed = run_all(runs, args)

@@ -12,6 +12,7 @@ Evaluation: deterministic actions and raw rewards, the first episode of each of 
 """
 
 import dataclasses
+import importlib.util
 import json
 import platform
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal, NoReturn
 
 import numpy as np
 import safetensors
@@ -37,7 +39,7 @@ class Args:
     """folder of a checkout of sb3_distill"""
     env_id: str = "Hopper-v4"
     """MuJoCo task of Gymnasium"""
-    student_size: str = "smaller"
+    student_size: Literal["smaller", "same", "larger"] = "smaller"
     """smaller (128-64 units), same (256-256) or larger (512-512)"""
     seed: int = 100
     """seed of the student and of the environments"""
@@ -249,14 +251,26 @@ def versions(reference: str) -> dict[str, str]:
     return {"python": platform.python_version(), "sb3_distill": commit.stdout.strip()} | found
 
 
+def fail(message: str) -> NoReturn:
+    """End the program for bad input: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def main(args: Args) -> dict:
     """Distil one student, evaluate it and its teacher, and return what the file has."""
+    path = args.teacher or ROOT / f"teachers/{args.env_id}__100.safetensors"
     sys.path.insert(0, args.reference)
+    if importlib.util.find_spec("sb3_distill") is None:
+        fail(f"{args.reference} is no checkout of sb3_distill")
+    if not path.exists():
+        fail(f"there is no {path}; name a teacher of {args.env_id} with --teacher")
+    about, arrays = read_model(path)
+    if about["network"].get("activation", "relu") != "relu" or about["network"].get("value_hidden"):
+        fail(f"{path} has tanh layers or a value network of other widths; this moves ReLU and equal widths alone")
     import torch
 
     torch.set_num_threads(args.threads)
-    path = args.teacher or ROOT / f"teachers/{args.env_id}__100.safetensors"
-    about, arrays = read_model(path)
     envs = make_envs(args.env_id, arrays)
     teacher = make_teacher(about, arrays, envs)
     student = make_student(args, envs, teacher)

@@ -89,7 +89,8 @@ def references(folder: Path) -> pd.DataFrame:
     rows = []
     for path in sorted((folder / "reference").glob("*.json")):
         found = json.loads(path.read_text())
-        if path.stem != f"{found['env_id']}__{found['student_size']}__{found['seed']}":  # of another λ, or of a trial
+        standard = path.stem == f"{found['env_id']}__{found['student_size']}__{found['seed']}"
+        if not standard or "--distill-coef" in found["command"] or "--teacher" in found["command"]:
             continue
         row = {"experiment": "reference", "suite": "mujoco", "task": found["env_id"], "method": "ppd"}
         row |= {"size": found["student_size"], "seed": found["seed"], "command": found["command"]}
@@ -214,8 +215,12 @@ def improvement(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
 
 
 def comparable(parts: dict) -> dict:
-    """Keep of the rows of several methods or λ the tasks and seeds that all have, but for those without any run."""
-    known = [set(zip(rows.task, rows.seed, strict=True)) for rows in parts.values() if len(rows)]
+    """Keep of the rows of several methods or λ the tasks and seeds that all have, but for those without any run.
+
+    Only where each's own evaluation of the teacher is positive, since the others give no fraction.
+    """
+    good = [rows[scores(rows, "teacher") > 0] for rows in parts.values() if len(rows)]
+    known = [set(zip(rows.task, rows.seed, strict=True)) for rows in good]
     common = set.intersection(*known) if known else set()
     return {name: rows[np.array([x in common for x in zip(rows.task, rows.seed, strict=True)], bool)]
             for name, rows in parts.items()}
@@ -295,10 +300,10 @@ def overview_table(runs: pd.DataFrame, statistic: str) -> str:
 def rows_by_size(runs: pd.DataFrame, suite: str, statistic: str, paper_suite: str, split: str = "") -> list[list[str]]:
     """Return a row for each size: the students' fractions of their teachers, runs, and the paper's numbers if any."""
     runs, rows = runs[(runs.experiment == "methods") & (runs.suite == suite)], []
-    number = 7 if split else 1
+    table = 7 if split else 1
     for size in SIZES:
         cells = {name: aggregate(each, split=split) for name, each in by_method(runs[runs["size"] == size]).items()}
-        paper = [paper_value(number, paper_suite, size, name, split=split) for name in METHODS.values()]
+        paper = [paper_value(table, paper_suite, size, name, split=split) for name in METHODS.values()]
         rows.append([size, *(cell[statistic] for cell in cells.values()), number_of_runs(cells),
                      ", ".join(filter(None, paper))])
     return rows

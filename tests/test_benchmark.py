@@ -332,6 +332,8 @@ def test_cells_of_a_row_rest_on_the_same_runs():
     assert report.aggregate(rows[rows.method == "ppd"])["runs"] == "2 × 1 to 2"
     parts = report.by_method(rows)
     assert [len(parts[name]) for name in report.METHODS] == [2, 0, 2]
+    again = rows.assign(teacher_mean=rows.teacher_mean.mask((rows.seed == 2) & (rows.method == "teacher-distill"), 0.0))
+    assert [len(report.by_method(again)[name]) for name in report.METHODS] == [1, 0, 1]  # evaluated again, it scored nothing
     with pytest.raises(ValueError, match="several runs"):
         report.fractions(pd.concat([rows, rows]).assign(command="python x"))
 
@@ -361,16 +363,26 @@ def test_a_row_of_another_lambda_takes_its_place_too(tmp_path, monkeypatch):
         assert [row["distill_coef"] for row in table(args.folder / "results/atari.csv")] == kept
 
 
-@pytest.mark.parametrize("flags", [{"extra": '"'}, {"folder": ROOT / "README.md"}])
+@pytest.mark.parametrize("flags", [{"extra": '"'}, {"folder": ROOT / "README.md"}, {"results": ROOT / "README.md", "miniature": True},
+                                   {"extra": "--gamma 0.9 --seed=7"}, {"extra": "--student_size same"}])
 def test_flags_of_the_grid_that_cannot_be(flags, capsys):
     with pytest.raises(SystemExit) as ended:
         grid.main(grid.Args(**flags))
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_what_a_failed_run_said_is_its_last_words(tmp_path):
+    run, args = grid.Run("teachers", "gymnax", "Breakout-MinAtar", "ppo", "same", 100), grid.Args(folder=tmp_path)
+    assert "has not begun" in grid.last_words(run, args)
+    (tmp_path / f"{run.name}.log").write_text("$ python\n╭─ Parsing error ─╮\n│ Unrecognized options: --bogus │\n╰───────╯\n")
+    assert grid.last_words(run, args) == "Unrecognized options: --bogus"
+
+
 def test_a_folder_of_other_commands_is_refused(tmp_path, capsys):
     run, args = grid.Run("teachers", "gymnax", "Breakout-MinAtar", "ppo", "same", 100), grid.Args(folder=tmp_path)
     (tmp_path / f"{run.name}.command").write_text(grid.known_command(run, args))
+    grid.check_command(run, grid.Args(folder=tmp_path, extra="--gamma 0.9"))  # it never began
+    (tmp_path / run.name).mkdir()
     grid.check_command(run, grid.Args(folder=tmp_path / "."))
     for args in (grid.Args(folder=tmp_path, miniature=True), grid.Args(folder=tmp_path, extra="--gamma 0.9")):
         with pytest.raises(SystemExit):

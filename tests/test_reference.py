@@ -67,6 +67,25 @@ def test_the_command_in_the_file_names_what_is_not_the_default():
     assert reference.command_line(args) == command + " --teacher teacher.safetensors"
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"reference": "elsewhere"}, "elsewhere is no checkout of sb3_distill"),
+    ({"env_id": "Walker2d-v4"}, "Walker2d-v4__100.safetensors; name a teacher of Walker2d-v4 with --teacher"),
+    ({"teacher": "tanh"}, "tanh has tanh layers or a value network of other widths"),
+])
+def test_what_cannot_be_run_is_said(flags, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "sb3_distill.py").write_text("")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "sb3_distill", raising=False)
+    about = {"network": {"hidden": [64, 64], "activation": "tanh"}}
+    (tmp_path / "tanh").touch()
+    if "teacher" in flags:
+        monkeypatch.setattr(reference, "read_model", lambda path: (about, {}))
+        flags = {"teacher": tmp_path / "tanh"}
+    with pytest.raises(SystemExit) as ended:
+        reference.main(reference.Args(**{"reference": str(tmp_path)} | flags))
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_discounts_are_the_papers():
     assert [reference.gamma_of(task) for task in TASKS] == [0.999, 0.999, 0.995, 0.999, 0.995]
 
