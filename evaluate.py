@@ -79,7 +79,7 @@ class Args:
 
     model: tyro.conf.Positional[str]  # teacher.safetensors or student.safetensors of a run, or a shipped teacher
     episodes: int | None = None  # episodes, each the first of its environment; the paper's: 50, but 200 on Procgen
-    seed: int = 0  # seed of the games; environment i takes seed + i, and a run evaluated itself with its own seed
+    seed: int = 0  # seed of the games (environment i takes seed + i, but of gymnax); a run took its own
     repeat_action_probability: float | None = None  # Atari: sticky actions; by default as in training
     json: str | None = None  # also write every episode's return to this file
     video: str | None = None  # also film one episode: a .gif, or an .mp4 (pip install imageio-ffmpeg)
@@ -747,9 +747,9 @@ def check(args: Args) -> None:
             low, high = RANGES[name]
             fail(f"--{name.replace('_', '-')} must lie between {low:.10g} and {high:.10g}, not {value}")
     for path in filter(None, (args.json, args.video)):
-        if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
+        if os.path.isdir(path) or not os.access(f"{Path(path).resolve().parent}/", os.W_OK):
             fail(f"cannot write {path}: it is a folder, or there is no folder for it")
-    if args.card and (os.path.exists(args.card) or not os.access(Path(args.card).resolve().parent, os.W_OK)):
+    if args.card and (os.path.exists(args.card) or not os.access(f"{Path(args.card).resolve().parent}/", os.W_OK)):
         fail(f"--card {args.card} exists, or there is no folder for it")
     if args.video and Path(args.video).suffix not in (".gif", ".mp4"):
         fail(f"--video writes .gif or .mp4, not {args.video}")

@@ -603,7 +603,8 @@ def check(args: Args) -> None:
     for name, (low, high) in RANGES.items():
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} must lie between {low:.10g} and {high:.10g}, not {value}")
-    if not Path(args.out).name or os.path.exists(args.out) or not os.access(Path(args.out).resolve().parent, os.W_OK):
+    folder = f"{Path(args.out).resolve().parent}/"
+    if not Path(args.out).name or os.path.exists(args.out) or not os.access(folder, os.W_OK):
         fail(f"cannot write {args.out}: it exists, or there is no folder for it")
 
 

@@ -168,6 +168,7 @@ BAD = [
     (evaluate, "{t} --video {x}/film.avi", "--video writes .gif or .mp4"),
     (evaluate, "{t} --video {x}/nowhere/film.gif", "cannot write"),
     (evaluate, "{t} --json {x}/nowhere/out.json", "cannot write"),
+    (evaluate, "{t} --json {x}/short/out.json", "cannot write"),
     (evaluate, "{t} --card {x}", "exists, or there is no folder for it"),
 ]
 
