@@ -938,7 +938,7 @@ def main(args: Args) -> dict[str, float]:
     """Distil a student and evaluate it beside its teacher; returns the single numbers of results.json."""
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # acting is waited for: handing it over only costs time
     with suppress(RuntimeError):  # a process that has computed already has its devices
-        jax.config.update("jax_num_cpu_devices", max(1, min(args.num_devices or 1, args.num_envs)))
+        jax.config.update("jax_num_cpu_devices", max(1, min(args.num_devices or 1, args.batch_size)))
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     saved, arrays = load_checkpoint(args.resume) if args.resume else (None, {})
