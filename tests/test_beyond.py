@@ -454,6 +454,7 @@ BAD = [
     ("--teacher {x}/nameless", "{x}/nameless is no teacher: KeyError 'env_id'"),
     ("--teacher {t} {x}/infinite", "{x}/infinite is no teacher: ValueError its policy/params/Dense_0/bias is not finite"),
     ("--teacher {t} {x}/lacking", "{x}/lacking is no teacher: ValueError its obs_stats/mean is not finite and of the shape (11,)"),
+    ("--teacher {x}/convolved", "{x}/convolved is no teacher: ValueError its network, nature with 3 convolutions, is none of Hopper-v4"),
     ("--teacher {x}/forceless", "is no teacher: ValueError its task was played with {{'contact_forces': 1}}"),
     ("--teacher {t} {a}", "{a} is for observations and actions of ([4, 84, 84], 6); those of Hopper-v4 are ([11], 3)"),
     ("--teacher {t} --env-id Ant-v4", "is for observations and actions of ([11], 3); those of Ant-v4 are ([27], 8)"),
@@ -486,6 +487,7 @@ def spoiled(tmp_path_factory):
     about, arrays = ppd_beyond.read_file(made_up_teacher("Hopper-v4", folder / "hopper"))
     for name, changes, changed in (
             ("losing", {"evaluation": {"mean": -3.0}}, arrays), ("forceless", {"variant": {"contact_forces": 1}}, arrays),
+            ("convolved", {"network": about["network"] | {"kind": "nature", "channels": [4, 4, 4]}}, arrays),
             ("infinite", {}, {name: np.full_like(x, np.inf) for name, x in arrays.items()}),
             ("lacking", {}, {name: x for name, x in arrays.items() if not name.startswith("obs_stats")})):
         ppd_beyond.save_file(folder / name, about | changes, changed)
