@@ -6,14 +6,14 @@ On Atari, MuJoCo or Procgen. Each iteration collects a rollout with the student,
 of shuffled minibatches
 
     maximises  E[ min(r A, clip(r, 1-ε, 1+ε) A) + α entropy - Σ_k λ_k KL(teacher_k || student) max(r, 1-ε) ]
-    minimises  E[ (V(s) - R)² + (β Σ_k λ_k)² (F(s) - G)² ]   with r = π(a|s) / π_old(a|s), not detached.
+    minimises  E[ (V(s) - R)² + (F(s) - G)² ]      with r = π(a|s) / π_old(a|s), not detached.
 
 With β > 0, A also has β Σ_k λ_k times the advantages of a second reward: minus KL(teacher_k || student) in the state
-that an action leads to, averaged with weights λ_k. A value network F of its own learns its returns G (Czarnecki et al.
-2019; Tang and Munos 2025). λ_k may fall as 1 - return of the student / return of teacher k, clipped to 0 and 1 (Agarwal
-et al. 2022), and the means of a teacher's actions may be clipped to their bounds. All of it is off by default: then
-this learns what the script of the suite learns, to the bit. What makes PPD out of PPO is marked `# PPD`, and what goes
-beyond it `# Beyond`. docs/beyond.md says more.
+that an action leads to, averaged with weights λ_k. A value network F of its own learns its returns G, as means over
+1/(1-γ) steps (Czarnecki et al. 2019; Tang and Munos 2025). λ_k may fall as 1 - return of the student / return of
+teacher k, clipped to 0 and 1 (Agarwal et al. 2022), and the means of a teacher's actions may be clipped to their
+bounds. All of it is off by default: then this learns what the script of the suite learns, to the bit. What makes PPD
+out of PPO is marked `# PPD`, and what goes beyond it `# Beyond`. docs/beyond.md says more.
 """
 
 # /// script
