@@ -74,11 +74,13 @@ SEVERAL_TASKS = {"mujoco": ("HalfCheetah-v4", "Ant-v4")}
 PRIOR = "CoinrunEasy-v0"  # the game whose teacher is a prior for students of others, beside students without a teacher
 PRIORS = {"procgen": ("JumperEasy-v0", "NinjaEasy-v0")}
 STUDENT_SEEDS = (100, 200, 300)
+RATES = ("0.0004", "0.001")  # learning rates of MinAtar's larger students, beside the default
 
 # One run of gymnax learns all of its seeds, and all λ, side by side; λ = 0 is PPO: what a student learns by itself
 GYMNAX = ("--num-seeds", "5")
 GYMNAX_STEPS = ("--teacher-timesteps", "10000000", "--total-timesteps", "2000000")  # the paper's
-GYMNAX_SHORT = ("--teacher-timesteps", "1000000", "--total-timesteps", "200000")  # of what is not the paper's
+GYMNAX_SHORT = ("--teacher-timesteps", "1000000", "--total-timesteps", "200000")  # of these experiments:
+SHORT = ("beyond", "adaptive", "short-teachers")
 GYMNAX_COEFS = (0.0, *DISTILL_COEFS)
 
 # Tasks of the miniature, and its flags; networks of images are too slow without a GPU
@@ -89,8 +91,8 @@ MINIATURE = {
 }
 
 PAPER = ("teachers", "methods", "imperfect", "lambda")
-EXPERIMENTS = (*PAPER, "beyond", "adaptive", "several", "short-teachers", "cpu-teachers", "cpu-methods",
-               "cpu-imperfect", "cpu-priors")
+EXPERIMENTS = (*PAPER, *(f"rate-{rate}" for rate in RATES), "beyond", "adaptive", "several", "short-teachers",
+               "cpu-teachers", "cpu-methods", "cpu-imperfect", "cpu-priors")
 
 
 class Run(NamedTuple):
@@ -127,7 +129,7 @@ class Run(NamedTuple):
         if self.experiment.startswith("cpu"):
             task = PRIOR if self.method == "ppd-prior" else self.task
             return Run("cpu-teachers", self.suite, task, "ppo", "smaller", self.seed)
-        if self.suite == "gymnax" and self.experiment not in PAPER:
+        if self.suite == "gymnax" and self.experiment in SHORT:
             return Run("short-teachers", self.suite, self.task, "ppo", "same", self.seed)
         seed = SEEDS[0] if self.experiment in ("beyond", "several") else self.seed
         return Run("teachers", self.suite, self.task, "ppo", "same", seed)
@@ -155,6 +157,8 @@ def experiments(suite: str) -> Iterator[Run]:
         yield from (Run("short-teachers", suite, task, "ppo", "same", SEEDS[0]) for task in TASKS[suite])
         yield from (Run("adaptive", suite, task, method, "larger", SEEDS[0])
                     for task in TASKS[suite] for method in ADAPTIVE)
+        yield from (Run(f"rate-{rate}", suite, task, method, "larger", SEEDS[0])
+                    for rate in RATES for task in TASKS[suite] for method in METHODS)
     for task in CPU_TASKS.get(suite, ()):
         sizes = tuple(CPU_SIZES)[: 2 if suite == "procgen" else 1]
         yield Run("cpu-teachers", suite, task, "ppo", "smaller", SEEDS[0])
@@ -170,11 +174,13 @@ class Args:
     """All flags of this program; any other filter that is not given lets everything pass."""
 
     experiment: tuple[
-        Literal["teachers", "methods", "imperfect", "lambda", "beyond", "adaptive", "several", "short-teachers",
-                "cpu-teachers", "cpu-methods", "cpu-imperfect", "cpu-priors"], ...] = PAPER
+        Literal["teachers", "methods", "imperfect", "lambda", "rate-0.0004", "rate-0.001", "beyond", "adaptive",
+                "several", "short-teachers", "cpu-teachers", "cpu-methods", "cpu-imperfect", "cpu-priors"],
+        ...] = PAPER
     """filter, by default the paper's: teachers; every method and size; corrupted teachers; several λ; not the paper's:
-    PPD with a changed distillation term; λ that adapts; two corrupted teachers; MinAtar's teachers for these; with
-    cpu-, images at a scale that a CPU can train, priors among them: teachers of another game"""
+    MinAtar's larger students with another learning rate; PPD with a changed distillation term; λ that adapts; two
+    corrupted teachers; MinAtar's teachers for these; with cpu-, images at a scale that a CPU can train, priors among
+    them: teachers of another game"""
     suite: tuple[Literal["atari", "mujoco", "procgen", "gymnax"], ...] = ()
     """filter"""
     task: tuple[str, ...] = ()
@@ -241,7 +247,7 @@ def command(run: Run, args: Args) -> list[str]:
     """The command line of a run, from the start, for the repository's folder."""
     words = ["python", run.script, "--env-id", run.task, "--seed", str(run.seed)]
     if run.suite == "gymnax":
-        words += [*GYMNAX, *(GYMNAX_STEPS if run.experiment in PAPER else GYMNAX_SHORT)]
+        words += [*GYMNAX, *(GYMNAX_SHORT if run.experiment in SHORT else GYMNAX_STEPS)]
         words += ["--method", "ppd" if run.method in VARIANTS else run.method]
     if run.experiment == "cpu-teachers":
         words += ["--size", "smaller", "--total-timesteps", CPU_TEACHER_TIMESTEPS[run.suite]]
@@ -257,6 +263,8 @@ def command(run: Run, args: Args) -> list[str]:
         if run.experiment.startswith("cpu"):
             words += CPU_STUDENT[run.suite]
     words += VARIANTS.get(run.method, ())
+    if run.experiment.startswith("rate-"):
+        words += ["--learning-rate", run.experiment.removeprefix("rate-")]
     if run.experiment in ("lambda", "adaptive"):
         several = GYMNAX_COEFS if run.experiment == "lambda" else (0.5, 1.0, 2.0, 5.0)
         values = several if run.distill_coef is None else (run.distill_coef,)

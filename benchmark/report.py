@@ -37,6 +37,7 @@ VARIANTS = {"ppd": "the paper's", "ppd-detached": "detached", "ppd-future": "β 
 SIZES = ("smaller", "same", "larger")
 LEVELS = {"unseen levels": "", "training levels": "train_"}  # of Procgen, with what columns of theirs begin with
 SUITES = {"atari": "Atari", "procgen": "Procgen", "mujoco": "MuJoCo", "gymnax": "MinAtar (gymnax)"}
+DEFAULT_RATE = "0.0025"  # of ppd_gymnax.py on MinAtar: a learning rate
 CURVE_FIGURES = {"atari": 6, "mujoco": 7, "procgen": 8}
 STYLE = {  # a figure fills a page of text, so that its points are those of print
     "font.size": 8, "axes.titlesize": 9, "figure.titlesize": 9, "axes.linewidth": 0.6, "lines.linewidth": 1.1,
@@ -354,6 +355,19 @@ def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str =
         table.append([task, corrupted[statistic], *(cell[statistic] for cell in cells.values()), number_of_runs(cells),
                       ", ".join(filter(None, paper))])
     return markdown(header, table)
+
+
+def rates_table(runs: pd.DataFrame, suite: str) -> str:
+    """Return larger students by learning rate, all tasks together and each, as fractions of their teachers."""
+    runs, table = runs[(runs.suite == suite) & (runs["size"] == "larger")], []
+    rates = {name.removeprefix("rate-"): name for name in runs.experiment.unique() if name.startswith("rate-")}
+    rates[DEFAULT_RATE] = "methods"
+    for task in ("all", *sorted(runs.task[runs.experiment.isin(rates.values())].unique())):
+        for rate in sorted(rates, key=float):
+            rows = runs[(runs.experiment == rates[rate]) & runs.task.isin([task] if task != "all" else runs.task)]
+            cells = {method: aggregate(each) for method, each in by_method(rows).items()}
+            table.append([task, rate, *(cell["geometric"] for cell in cells.values()), number_of_runs(cells)])
+    return markdown(["", "learning rate", *METHODS, "tasks × seeds"], table)
 
 
 def paper_name(task: str) -> str:
@@ -777,6 +791,10 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
             found[f"{suite}-lambda"] = (
                 f"{name}: larger students by PPD with several λ; "
                 f"returns: {spread(each[each.experiment == 'lambda'])}\n\n" + lambda_table(runs, suite))
+        if any(kind.startswith("rate-") for kind in kinds):
+            found[f"{suite}-rates"] = (
+                f"{name}: larger students by learning rate, as a fraction of their teachers, geometric mean\n\n"
+                + rates_table(runs, suite))
         if "beyond" in kinds:
             found[f"{suite}-beyond"] = (
                 f"{name_of(suite, each[each.experiment == 'beyond'])}: PPD with one thing changed, as a fraction of "

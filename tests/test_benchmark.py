@@ -49,7 +49,7 @@ def test_the_grid_is_the_papers():
     count = {name: sum(run.experiment == name for run in paper) for name in grid.EXPERIMENTS}
     assert count == {"teachers": tasks * seeds, "methods": tasks * 3 * 3 * seeds, "imperfect": 8 * 3 * seeds, "lambda": 4 * 3 * seeds,  # λ = 1 is among the methods
                      "cpu-teachers": 5, "cpu-methods": (4 * 2 + 1) * 3, "cpu-imperfect": 4 * 3, "cpu-priors": 2 * 2,
-                     "beyond": 4 * 2 * 4 * 3, "adaptive": 0, "short-teachers": 0, "several": 2 * 3 * 3}
+                     "beyond": 4 * 2 * 4 * 3, "rate-0.0004": 0, "rate-0.001": 0, "adaptive": 0, "short-teachers": 0, "several": 2 * 3 * 3}
     assert {run.method for run in runs if run.experiment == "adaptive"} == set(grid.ADAPTIVE)
     known = pd.read_csv(ROOT / "benchmark/paper_tables.csv")
     for suite, table in itertools.product(("atari", "mujoco", "procgen"), (5, 6)):
@@ -69,9 +69,10 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
             assert (flags.method, flags.num_seeds) == ("ppd" if run.method in grid.VARIANTS else run.method, 5)
             assert (flags.distill_coef_decay == "return", flags.pbt_interval == 5) == (run.method == "ppd-decay", run.method == "ppd-pbt")
             assert run.experiment != "adaptive" or flags.distill_coef == (0.5, 1, 2, 5)
-            teacher_steps = 10_000_000 if run.experiment in grid.PAPER else 1_000_000
-            assert (flags.teacher_timesteps, flags.total_timesteps) == (teacher_steps, teacher_steps // 5)
-            assert run.teacher is None or (run.teacher.experiment == "teachers") == (run.experiment in grid.PAPER)
+            short = run.experiment in ("beyond", "adaptive", "short-teachers")
+            assert (flags.teacher_timesteps, flags.total_timesteps) == ((1_000_000, 200_000) if short else (10_000_000, 2_000_000))
+            assert run.teacher is None or run.teacher.experiment == ("short-teachers" if short else "teachers")
+            assert flags.learning_rate == {"rate-0.0004": 0.0004, "rate-0.001": 0.001}.get(run.experiment)
         if run.experiment == "cpu-teachers":
             assert flags.size == run.size
         if run.method != "ppo":
@@ -203,6 +204,19 @@ def test_means_of_lambdas_that_adapt_are_over_the_same_tasks():
     runs = pd.DataFrame([about | {"task": task, "method": method, "distill_coef": 1.0, "student_mean": mean, "seed": 100}
                          for task, method, mean in (("A", "ppd", 9.0), ("B", "ppd", 1.0), ("A", "ppd-decay", 9.0))])
     assert [line.split(" | ")[-1] for line in report.adaptive_table(runs, "gymnax").splitlines()[3:]] == ["0.90 |", "0.90 |"]
+
+
+def test_the_table_of_learning_rates_by_hand():
+    """Where a method has no runs its cell is empty; the default's are the larger students among the methods."""
+    assert float(report.DEFAULT_RATE) == ppd_gymnax.MINATAR["learning_rate"]
+    about = {"suite": "gymnax", "seed": 100, "teacher_mean": 10.0, "command": ""}
+    runs = pd.DataFrame([about | {"experiment": name, "task": task, "method": method, "size": size, "student_mean": mean} for name, task, method, size, mean in (
+        ("methods", "A", "ppd", "larger", 9.0), ("methods", "A", "ppd", "same", 1.0), ("methods", "A", "student-distill", "larger", 8.0),
+        ("methods", "B", "ppd", "larger", 4.0), ("methods", "B", "student-distill", "larger", 2.0), ("rate-0.001", "A", "ppd", "larger", 7.0))])
+    assert report.rates_table(runs, "gymnax").splitlines()[2:] == [
+        "| all | 0.001 |  |  | 0.70 | 1 × 1 |", "| all | 0.0025 |  | 0.40 | 0.60 | 2 × 1 |",
+        "| A | 0.001 |  |  | 0.70 | 1 × 1 |", "| A | 0.0025 |  | 0.80 | 0.90 | 1 × 1 |",
+        "| B | 0.001 |  |  |  | not run |", "| B | 0.0025 |  | 0.20 | 0.40 | 1 × 1 |"]
 
 
 def start_grid(folder, extra, *flags):
