@@ -359,13 +359,14 @@ def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str =
 
 def rates_table(runs: pd.DataFrame, suite: str) -> str:
     """Return larger students by learning rate, all tasks together and each, as fractions of their teachers."""
-    runs, table = runs[(runs.suite == suite) & (runs["size"] == "larger")], []
     rates = {name.removeprefix("rate-"): name for name in runs.experiment.unique() if name.startswith("rate-")}
     rates[DEFAULT_RATE] = "methods"
-    for task in ("all", *sorted(runs.task[runs.experiment.isin(rates.values())].unique())):
+    runs, table = runs[runs.experiment.isin(rates.values()) & (runs.suite == suite) & (runs["size"] == "larger")], []
+    for task in ("all", *sorted(runs.task.unique())):
+        each = runs if task == "all" else runs[runs.task == task]
         for rate in sorted(rates, key=float):
-            rows = runs[(runs.experiment == rates[rate]) & runs.task.isin([task] if task != "all" else runs.task)]
-            cells = {method: aggregate(each) for method, each in by_method(rows).items()}
+            parts = by_method(each[each.experiment == rates[rate]])
+            cells = {method: aggregate(rows) for method, rows in parts.items()}
             table.append([task, rate, *(cell["geometric"] for cell in cells.values()), number_of_runs(cells)])
     return markdown(["", "learning rate", *METHODS, "tasks × seeds"], table)
 
