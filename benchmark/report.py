@@ -4,11 +4,12 @@
     python benchmark/report.py --results runs/grid/results       # from a grid of your own, into its folder
 
 Scores are fractions of the teacher's return, task by task and seed by seed. Over tasks and seeds they are aggregated by
-the geometric mean, as in the paper, and by the interquartile mean (Agarwal et al. 2021); intervals are 95% by bootstrap
-over seeds, stratified by task, and need more than one seed. Where all tasks have several seeds, there are also the
-probability that PPD improves on a baseline and performance profiles (Agarwal et al. 2021 too). The aggregates of a row
-rest on the same tasks and seeds: those that all methods of the row have; seeds whose teacher's return is not positive
-count nowhere. A cell of a single task has all of its runs. One without runs stays empty.
+the geometric mean, in which every task counts the same, as in the paper, and by the interquartile mean of all runs
+(Agarwal et al. 2021); intervals are 95% by bootstrap over seeds, stratified by task, and need more than one seed of
+each task. Where all tasks have several seeds, there are also the probability that PPD improves on a baseline and
+performance profiles (Agarwal et al. 2021 too). The aggregates of a row rest on the same tasks and seeds: those that all
+methods of the row have; seeds whose teacher's return is not positive count nowhere. A cell of a single task has all of
+its runs. One without runs stays empty.
 Source of the paper's numbers: paper_tables.csv, from Spigler, "Proximal Policy Distillation", TMLR 2025 (2407.15134).
 """
 
@@ -122,8 +123,8 @@ def paper_value(table: int, suite: str, size: str, method: str, env: str = "all"
 
 
 def geometric_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Return the geometric mean of all tasks, each with seeds along this axis; no score counts for less than 0.01."""
-    return np.exp(np.log(np.maximum(np.concatenate(tasks, axis), FLOOR)).mean(axis))
+    """Return the geometric mean over tasks of that over each's seeds, along this axis; 0.01 is the least of a score."""
+    return np.exp(np.mean([np.log(np.maximum(task, FLOOR)).mean(axis) for task in tasks], 0))
 
 
 def interquartile_mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -265,7 +266,9 @@ def means(statistic: str) -> str:
 def spread(rows: pd.DataFrame) -> str:
     """Tell what a return and its spread in a table or figure are."""
     seeds = sorted(set(rows.seed))
-    return "mean ± standard deviation over seeds" if len(seeds) > 1 else f"one seed ({seeds[0]})"
+    if len(seeds) == 1:
+        return f"one seed ({seeds[0]})"
+    return "mean ± standard deviation over seeds" + ("" if several_seeds(rows) else f", or one seed ({seeds[0]})")
 
 
 def by_method(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -290,7 +293,7 @@ def overview_table(runs: pd.DataFrame, statistic: str) -> str:
         if suite == "all" and set(taught.suite) != set(CURVE_FIGURES):  # a mean over some of them would mislead
             parts = {name: rows[:0] for name, rows in parts.items()}
         cells = {name: aggregate(rows) for name, rows in parts.items()}
-        values = scores(taught, "teacher")
+        values = scores(taught, "teacher").groupby(taught.task).mean()
         teacher = "" if values.empty or suite == "all" else number(values.mean())
         paper = [paper_value(1, suite, "teacher", "ppo"), *(paper_value(1, suite, size, x) for x in METHODS.values())]
         table.append([suite, size, teacher, *(cell[statistic] for cell in cells.values()), number_of_runs(cells),

@@ -308,6 +308,10 @@ def test_our_table_1_of_the_papers_table_5_is_its_table_1():
     assert "| all | same |  |  |  |  | not run | 0.99, 1.05, 1.11 |" in partly  # of the paper's suites not all are there
 
 
+def test_every_task_counts_the_same_however_many_seeds_it_has():
+    assert report.geometric_mean(np.array([0.9, 0.9, 0.9]), np.array([0.4])) == pytest.approx(0.6)
+
+
 def made_up(folder):
     rng, rows = np.random.default_rng(0), []
     for task, size, method, seed in itertools.product(("Ant-v4", "Hopper-v4"), ("same",), ("ppd", "student-distill"), (100, 200, 300)):
