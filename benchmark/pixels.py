@@ -37,6 +37,9 @@ class Args:
 
     env_id: Literal["Pong-v5", "CoinrunEasy-v0"] = "Pong-v5"
     """task"""
+    method: tuple[Literal["ppd", "student-distill", "teacher-distill"], ...] = (
+        "ppd", "student-distill", "teacher-distill")
+    """methods"""
     timesteps: int = 4_000
     """environment steps of each method"""
     learning_rate: float = 3e-4
@@ -71,13 +74,15 @@ def random_teacher(args: Args, path: Path) -> None:
 
 def main(args: Args) -> dict[str, dict[str, float]]:
     """Distil with each method and print the fall of the KL divergence; returns it."""
-    ppd = ppd_atari if args.env_id == "Pong-v5" else ppd_procgen
+    scripts = {"ppd": ppd_atari if args.env_id == "Pong-v5" else ppd_procgen,
+               "student-distill": student_distill, "teacher-distill": teacher_distill}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         teacher = Path(folder, "teacher.safetensors")
         random_teacher(args, teacher)
-        for m in (ppd, student_distill, teacher_distill):
-            run, rows = Path(folder, m.__name__), {} if m is ppd else {"log_every": 10}
+        for name in args.method:
+            m = scripts[name]
+            run, rows = Path(folder, name), {} if name == "ppd" else {"log_every": 10}
             m.finish = lambda *rest: {}  # the evaluation of a random policy would say nothing
             m.main(m.Args(env_id=args.env_id, teacher=str(teacher), student_size="smaller", seed=args.seed,
                           total_timesteps=args.timesteps, learning_rate=args.learning_rate, run_dir=str(run), **rows))

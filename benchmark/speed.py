@@ -65,7 +65,7 @@ class Args:
     """what is measured"""
     rounds: int = 3
     """rounds, of which the medians are given"""
-    longer: int = 1
+    longer: float = 1.0
     """times as many steps in each measurement: where a GPU learns, a few updates take no time"""
     reference: str | None = None
     """folder of a checkout of sb3_distill to measure as well"""
@@ -345,7 +345,8 @@ def main(args: Args) -> dict[str, dict[str, float]]:
         import jax
 
         command = f"python benchmark/speed.py --case {' '.join(args.case)} --rounds {args.rounds}"
-        command += f" --longer {args.longer}" * (args.longer > 1) + " --reference FOLDER" * (args.reference is not None)
+        command += f" --longer {args.longer:g}" * (args.longer != 1)
+        command += " --reference FOLDER" * (args.reference is not None)
         about = {"command": command, "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
                  "versions": {name: version(name) for name in ("jax", "flax", "envpool")}}
         Path(args.json).write_text(json.dumps(about | {"speed": medians, "rounds": rounds}, indent=2) + "\n")
@@ -355,7 +356,7 @@ def main(args: Args) -> dict[str, dict[str, float]]:
 if __name__ == "__main__":
     if sys.argv[1:2] in (["limit"], ["script"], ["reference"]):  # a measurement: see `run`
         what, name, longer, *rest = sys.argv[1:]
-        case = CASES[name]._replace(timesteps=CASES[name].timesteps * int(longer))
+        case = CASES[name]._replace(timesteps=round(CASES[name].timesteps * float(longer)))
         print(json.dumps({"limit": measure_limit, "script": measure_script, "reference": measure_reference}[what](
             case, *rest)))
     else:

@@ -271,13 +271,13 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    ("speed.py", "--rounds", "1", "--case", "halfcheetah-sd"),
+    ("speed.py", "--rounds", "1", "--case", "halfcheetah-sd", "--longer", "0.1"),
     ("speed_gymnax.py", "--env-id", "CartPole-v1", "--num-seeds", "1", "--rounds", "1", "--seconds", "0.01"),
     ("overlap.py", "--steps", "20", "--rounds", "1"),
     ("variance.py", "--env-id", "Hopper-v4", "--updates", "0", "1"),
     ("hidden_units.py", "--env-id", "Pong-v5", "--updates", "0", "--num-steps", "4"),
     pytest.param(("levels.py", "--env-id", "NinjaEasy-v0", "--num-levels", "2", "--games", "3"), marks=needs_procgen),
-    pytest.param(("pixels.py", "--env-id", "CoinrunEasy-v0", "--timesteps", "1152"), marks=needs_procgen),
+    pytest.param(("pixels.py", "--env-id", "CoinrunEasy-v0", "--method", "student-distill", "--timesteps", "1152"), marks=needs_procgen),
     ("resume.py", "--timesteps", "3200", "--num-steps", "16", "--seeds", "100", "--eval-episodes", "1", "--student-size", "smaller")])
 def test_the_other_benchmarks_run(words, tmp_path):
     done = subprocess.run([sys.executable, f"benchmark/{words[0]}", *words[1:], "--json", tmp_path / "found.json"], cwd=ROOT, timeout=400,
