@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,6 +30,8 @@ import student_distill
 import teacher_distill
 import train_teacher
 
+Method = Literal["ppd", "student-distill", "teacher-distill"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -37,8 +39,7 @@ class Args:
 
     env_id: Literal["Pong-v5", "CoinrunEasy-v0"] = "Pong-v5"
     """task"""
-    method: tuple[Literal["ppd", "student-distill", "teacher-distill"], ...] = (
-        "ppd", "student-distill", "teacher-distill")
+    method: tuple[Method, ...] = get_args(Method)
     """methods"""
     timesteps: int = 4_000
     """environment steps of each method"""

@@ -268,7 +268,7 @@ def spread(rows: pd.DataFrame) -> str:
     seeds = sorted(set(rows.seed))
     if len(seeds) == 1:
         return f"one seed ({seeds[0]})"
-    return "mean ± standard deviation over seeds" + ("" if several_seeds(rows) else f", or one seed ({seeds[0]})")
+    return "mean ± standard deviation over seeds" + ("" if several_seeds(rows) else ", where there are several")
 
 
 def by_method(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
