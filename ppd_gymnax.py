@@ -1236,7 +1236,7 @@ RANGES = {
 MAX_LAYERS = 64
 OF_PPD = ("distill_coef", "distill_coef_final", "distill_coef_decay", "pbt_interval", "distill_weight",
           "distill_future_coef", "teacher_mean_clip")  # flags of its distillation term
-OF_STUDENTS = ("student_size", "student_hidden", "ent_coef")
+OF_STUDENTS = ("student_size", "student_hidden", "ent_coef", "num_steps")
 RESUMABLE = ("resume", "device", "eval_episodes", "track", "wandb_project_name",
              "wandb_entity")  # flags that may change when a run goes on
 
@@ -1275,6 +1275,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def resolve(args: Args) -> Args:
     """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
     env, params = make_env(args.env_id)
+    own = [name for name in OF_STUDENTS if getattr(args, name) != getattr(Args(), name)]
+    if args.method == "ppo" and own and not args.resume:  # a run that goes on has been told all of its flags
+        fail(f"--{own[0].replace('_', '-')} is of students; --method ppo trains teachers")
     known = MINATAR if is_grid(args.env_id) else STATES
     known = known | {"teacher_num_envs": args.num_envs or known["num_envs"],
                      "teacher_ent_coef": 0.05 if args.env_id in SPARSE else 0.01,
@@ -1296,9 +1299,6 @@ def resolve(args: Args) -> Args:
     own = [name for name in OF_PPD if getattr(args, name) != getattr(Args(), name)]
     if args.method != "ppd" and own:
         fail(f"--{own[0].replace('_', '-')} is of PPD's term; {args.method} has none")
-    own = [name for name in OF_STUDENTS if getattr(args, name) != getattr(Args(), name)]
-    if args.method == "ppo" and own:
-        fail(f"--{own[0].replace('_', '-')} is of students; --method ppo trains teachers")
     if args.distill_coef_final is not None and args.distill_coef_decay != "none":
         fail("--distill-coef-final and --distill-coef-decay exclude each other")
     if args.distill_coef_decay == "return" and args.env_id in NEGATIVE:

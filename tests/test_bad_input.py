@@ -92,6 +92,7 @@ BAD = [
     (ppd_gymnax, "--pbt-interval 2", "--pbt-interval needs a population: two numbers or more for --distill-coef"),
     (ppd_gymnax, "--distill-coef 1 2 --pbt-interval 40", "--pbt-interval 40 leaves no exchange in a run of 40 parts"),
     (ppd_gymnax, "--method ppo --student-size smaller", "--student-size is of students; --method ppo trains teachers"),
+    (ppd_gymnax, "--method ppo --num-steps 64", "--num-steps is of students; --method ppo trains teachers"),
     (ppd_gymnax, "--distill-coef 0.5 1 1.0", "--distill-coef has a number twice"),
     (ppd_gymnax, "--distill-coef 1 2 --pbt-interval 0", "--pbt-interval must lie between 1 and"),
     (ppd_gymnax, "--teacher-mean-clip", "--teacher-mean-clip is for continuous actions; those of Breakout-MinAtar are not"),

@@ -271,7 +271,7 @@ def test_lambda_falls_with_the_return(tmp_path):
 
 def test_lambda_cannot_fall_with_the_return_of_a_teacher_that_has_none(tmp_path, capsys):
     """The file says so, before anything is written."""
-    m.main(small(tmp_path / "run", num_seeds=1, method="ppo", student_hidden=None))
+    m.main(small(tmp_path / "run", num_seeds=1, method="ppo", student_hidden=None, num_steps=None))
     about, arrays = m.read_file(tmp_path / "run/teacher_100.safetensors")
     m.save_file(tmp_path / "losing", about | {"evaluation": about["evaluation"] | {"mean": 0.0}}, arrays)
     with pytest.raises(SystemExit) as ended:
@@ -364,7 +364,7 @@ def test_the_teacher_stays_as_it_was(tmp_path):
 def test_teachers_trained_alone_teach_their_own_seeds(tmp_path):
     """Students of the teachers that --method ppo left are those of a run that trains teachers and students at once."""
     at_once = m.main(small(tmp_path / "at_once"))
-    alone = m.main(small(tmp_path / "alone", method="ppo", student_hidden=None))
+    alone = m.main(small(tmp_path / "alone", method="ppo", student_hidden=None, num_steps=None))
     assert "student" not in alone and alone["teacher"] == at_once["teacher"]
     files = {path.name for path in (tmp_path / "alone").iterdir()}
     assert {"teacher_100.safetensors", "teacher_101.safetensors", "curves.png"} <= files and not any("student" in name for name in files)
