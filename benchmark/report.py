@@ -271,6 +271,12 @@ def spread(rows: pd.DataFrame) -> str:
     return "mean ± standard deviation over seeds" + ("" if several_seeds(rows) else ", where there are several")
 
 
+def geometric(rows: pd.DataFrame) -> str:
+    """Name the mean of a table of fractions, and say so where one has counted for more than it is."""
+    low = (scores(rows, "student") < FLOOR * scores(rows, "teacher")).any()
+    return "geometric mean" + (f"; a fraction below {FLOOR} counts as {FLOOR}" if low else "")
+
+
 def by_method(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the rows of each method that can be compared."""
     return comparable({name: runs[runs.method == name] for name in METHODS})
@@ -757,20 +763,21 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
 
 def sections(runs: pd.DataFrame) -> dict[str, str]:
     """Return every table by its name, with a caption."""
-    found = {}
-    if set(runs[runs.experiment == "methods"].suite) & set(CURVE_FIGURES):
-        found["overview"] = ("Students as a fraction of their teachers, geometric mean (Table 1)\n\n"
+    found, methods = {}, runs[runs.experiment == "methods"]
+    if set(methods.suite) & set(CURVE_FIGURES):
+        of_suites = methods[methods.suite.isin(CURVE_FIGURES)]
+        found["overview"] = (f"Students as a fraction of their teachers (Table 1), {geometric(of_suites)}\n\n"
                              + overview_table(runs, "geometric"))
         found["overview-iqm"] = "The same, interquartile mean\n\n" + overview_table(runs, "iqm")
-    if "methods" in set(runs.experiment):
-        found["summary"] = "Students as a fraction of their teachers, geometric mean\n\n" + summary_table(runs)
+    if len(methods):
+        found["summary"] = f"Students as a fraction of their teachers, {geometric(methods)}\n\n" + summary_table(runs)
     for suite in (suite for suite in SUITES if suite in set(runs.suite)):
         each, name = runs[runs.suite == suite], SUITES[suite]
         kinds = set(each.experiment)
         if "methods" in kinds:
             found[f"{suite}-methods"] = (
-                f"{name}: students as a fraction of their teachers, geometric mean (Table 1)\n\n"
-                + methods_table(runs, suite, "geometric"))
+                f"{name}: students as a fraction of their teachers (Table 1), "
+                f"{geometric(methods[methods.suite == suite])}\n\n" + methods_table(runs, suite, "geometric"))
             if suite not in CURVE_FIGURES:  # those are in the overview
                 found[f"{suite}-methods-iqm"] = (
                     f"{name}: the same, interquartile mean\n\n" + methods_table(runs, suite, "iqm"))

@@ -312,6 +312,15 @@ def test_every_task_counts_the_same_however_many_seeds_it_has():
     assert report.geometric_mean(np.array([0.9, 0.9, 0.9]), np.array([0.4])) == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize(("student", "words"), [(1.1, "geometric mean"), (-50.0, "geometric mean; a fraction below 0.01 counts as 0.01")])
+def test_a_heading_says_where_a_fraction_counts_for_more_than_it_is(tmp_path, student, words):
+    made_up(tmp_path)
+    rows = pd.read_csv(tmp_path / "mujoco.csv")
+    rows.loc[0, "student_mean"] = student * rows.teacher_mean[0] / 100
+    tables = report.sections(rows)
+    assert all(tables[name].splitlines()[0].endswith(f", {words}") for name in ("overview", "summary", "mujoco-methods"))
+
+
 def made_up(folder):
     rng, rows = np.random.default_rng(0), []
     for task, size, method, seed in itertools.product(("Ant-v4", "Hopper-v4"), ("same",), ("ppd", "student-distill"), (100, 200, 300)):
