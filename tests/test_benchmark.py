@@ -112,10 +112,10 @@ def test_filters_choose_runs_and_the_teachers_they_lack(capsys):
     assert [(run.experiment, run.method) for run in chosen] == [("teachers", "ppo"), ("methods", "ppd")]
     chosen = grid.chosen(grid.Args(suite=("mujoco",), experiment=("methods",), task=("Hopper-v4",), seed=(100,)))
     assert len(chosen) == 9 and {run.experiment for run in chosen} == {"methods"}  # that teacher is shipped
-    grid.main(grid.Args(suite=("mujoco",), experiment=("methods",), task=("Ant-v4",), size=("larger",), method=("ppd",), seed=(100, 200), dry_run=True))
+    grid.main(grid.Args(suite=("mujoco",), experiment=("methods",), task=("Ant-v4",), size=("larger",), method=("ppd",), seed=(100, 400), dry_run=True))
     lines = capsys.readouterr().out.splitlines()
     assert [shlex.split(line)[1] for line in lines] == ["train_teacher.py", "ppd_mujoco.py", "ppd_mujoco.py"]
-    assert "--teacher runs/grid/teachers__Ant-v4__ppo__same__200/teacher.safetensors" in lines[2]
+    assert "--teacher runs/grid/teachers__Ant-v4__ppo__same__400/teacher.safetensors" in lines[2]  # no teacher of seed 400 is shipped
     with pytest.raises(SystemExit):
         grid.main(grid.Args(task=("Nothing-v0",)))
 
