@@ -145,12 +145,12 @@ def test_first_kl_divergences_are_those_of_the_curves():
     """And what of them comes from the teachers' deviations alone."""
     table = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in PAGES[ROOT / "docs/algorithm.md"].splitlines()
              if re.match(r"\| \w+-v4 \|", line)}
-    first = {"HalfCheetah-v4": {100: 13, 200: 16, 300: 13.5}, "Ant-v4": {100: 20}, "Humanoid-v4": {100: 240}, "Hopper-v4": {100: 550, 200: 110, 300: 520}}
+    first = {"HalfCheetah-v4": {100: 13, 200: 16.1, 300: 13.5}, "Ant-v4": {100: 20}, "Humanoid-v4": {100: 240}, "Hopper-v4": {100: 550, 200: 110, 300: 520}}
     assert set(table) == set(first)
     for env_id, values in first.items():
         for (seed, value), size in itertools.product(values.items(), ("smaller", "same", "larger")):
             with open(ROOT / f"benchmark/results/curves/methods__{env_id}__ppd__{size}__{seed}.csv", newline="") as file:
-                assert float(next(csv.DictReader(file))["losses/teacher_kl"]) == pytest.approx(value, rel=0.035)
+                assert float(next(csv.DictReader(file))["losses/teacher_kl"]) == pytest.approx(value, rel=0.03)
         log_std = ppd_mujoco.read_file(ROOT / f"teachers/{env_id}__100.safetensors")[1]["policy/params/log_std"]
         alone = (-log_std + (np.exp(2 * log_std) - 1) / 2).sum()
         assert table[env_id][:2] == [f"{np.exp(log_std).max():.2f}", f"{alone:.1f}"]
