@@ -271,9 +271,9 @@ def spread(rows: pd.DataFrame) -> str:
     return "mean ± standard deviation over seeds" + ("" if several_seeds(rows) else ", where there are several")
 
 
-def geometric(rows: pd.DataFrame) -> str:
+def geometric(rows: pd.DataFrame, split: str = "") -> str:
     """Name the mean of a table of fractions, and say so where one has counted for more than it is."""
-    low = (scores(rows, "student") < FLOOR * scores(rows, "teacher")).any()
+    low = (scores(rows, "student", split) < FLOOR * scores(rows, "teacher", split)).any()
     return "geometric mean" + (f"; a fraction below {FLOOR} counts as {FLOOR}" if low else "")
 
 
@@ -794,8 +794,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                 + reference_table(runs))
         if "imperfect" in kinds:
             found[f"{suite}-imperfect"] = (
-                f"{name}: larger students of corrupted teachers, as a fraction of the uncorrupted, geometric mean "
-                "(Tables 2 and 6)\n\n" + imperfect_table(runs, suite, "geometric"))
+                f"{name}: larger students of corrupted teachers, as a fraction of the uncorrupted (Tables 2 and 6), "
+                f"{geometric(each[each.experiment == 'imperfect'])}\n\n" + imperfect_table(runs, suite, "geometric"))
             found[f"{suite}-imperfect-iqm"] = (
                 f"{name}: the same, interquartile mean\n\n" + imperfect_table(runs, suite, "iqm"))
         if "lambda" in kinds:
@@ -804,8 +804,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                 f"returns: {spread(each[each.experiment == 'lambda'])}\n\n" + lambda_table(runs, suite))
         if any(kind.startswith("rate-") for kind in kinds):
             found[f"{suite}-rates"] = (
-                f"{name}: larger students by learning rate, as a fraction of their teachers, geometric mean\n\n"
-                + rates_table(runs, suite))
+                f"{name}: larger students by learning rate, as a fraction of their teachers, "
+                f"{geometric(each[each.experiment.str.startswith('rate-')])}\n\n" + rates_table(runs, suite))
         if "beyond" in kinds:
             found[f"{suite}-beyond"] = (
                 f"{name_of(suite, each[each.experiment == 'beyond'])}: PPD with one thing changed, as a fraction of "
@@ -831,7 +831,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                     f"the {of}teacher's\n\n" + cpu_table(runs, suite, experiment))
         if suite == "procgen" and kinds & {"methods", "imperfect"}:
             found["procgen-train-methods"] = (
-                f"{name}, training levels: students as a fraction of their teachers, geometric mean (Table 7)\n\n"
+                f"{name}, training levels: students as a fraction of their teachers (Table 7), "
+                f"{geometric(methods[methods.suite == suite], 'train_')}\n\n"
                 + methods_table(runs, suite, "geometric", "train_"))
             found["procgen-train-returns"] = (
                 f"{name}, training levels: returns (Table 5)\n\n" + returns_table(runs, suite, "train_"))
