@@ -764,6 +764,7 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
 def sections(runs: pd.DataFrame) -> dict[str, str]:
     """Return every table by its name, with a caption."""
     found, methods = {}, runs[runs.experiment == "methods"]
+    by_t_and_bootstrap = "mean and 95% interval over seeds (of the geometric mean by bootstrap)"
     if set(methods.suite) & set(CURVE_FIGURES):
         of_suites = methods[methods.suite.isin(CURVE_FIGURES)]
         found["overview"] = (f"Students as a fraction of their teachers (Table 1), {geometric(of_suites)}\n\n"
@@ -809,12 +810,11 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
         if "beyond" in kinds:
             found[f"{suite}-beyond"] = (
                 f"{name_of(suite, each[each.experiment == 'beyond'])}: PPD with one thing changed, as a fraction of "
-                "the teacher's return; mean and 95% interval over seeds\n\n" + beyond_table(runs, suite))
+                f"the teacher's return; {by_t_and_bootstrap}\n\n" + beyond_table(runs, suite))
         if "adaptive" in kinds:
             found[f"{suite}-adaptive"] = (
                 f"{name_of(suite, each[each.experiment == 'adaptive'])}: larger students of corrupted teachers by PPD, "
-                "as a fraction of the original's return; mean and 95% interval over seeds\n\n"
-                + adaptive_table(runs, suite))
+                f"as a fraction of the original's return; {by_t_and_bootstrap}\n\n" + adaptive_table(runs, suite))
         if "several" in kinds:
             found[f"{suite}-several"] = (
                 f"{name}: larger students of two corrupted teachers and of each, as a fraction of the original's "
