@@ -884,7 +884,7 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
     """
     env_id = args.env_id or (None if args.teacher else "CrazyClimber-v5")
     shipped = Path(__file__).parent / f"teachers/{env_id}__100.safetensors"
-    path, prefix = args.resume or args.teacher or shipped, "teacher/" if saved else ""
+    path, prefix = args.resume or (shipped if args.teacher is None else args.teacher), "teacher/" if saved else ""
     if env_id:
         task_shape(env_id)
     if path == shipped and not shipped.exists():
@@ -1026,8 +1026,9 @@ def resolve(args: Args) -> Args:
     if not 1 <= len(args.network.hidden) <= MAX_LAYERS:
         fail(f"a network has 1 to {MAX_LAYERS} hidden layers, not {len(args.network.hidden)}")
     if args.num_minibatches is None:
-        divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
-        args = dataclasses.replace(args, num_minibatches=next(divisors, args.batch_size))
+        fewest, most = -(-args.batch_size // 512), max(1, args.batch_size // 64)  # of 512 to 64 samples
+        divisors = (k for k in range(fewest, most + 1) if args.batch_size % k == 0)
+        args = dataclasses.replace(args, num_minibatches=next(divisors, fewest))
     if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
              f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")

@@ -124,7 +124,7 @@ class Args:
     teacher_mean_clip: bool = False  # clip the teacher's mean actions to their bounds in the KL divergence
     kl_direction: Literal["forward", "reverse"] = "forward"  # KL(teacher || student), or KL(student || teacher)
     teacher_noise_std: float = 0.0  # standard deviation of noise on the teacher's parameters (σ; the paper's: 0.05)
-    teacher_noise_seed: int = 0  # seed of that noise
+    teacher_noise_seed: int = 0  # seed of that noise; teacher k, counted from 0, has seed + k
 
     # PPO
     learning_rate: float = 3e-4  # step size of Adam, constant
@@ -776,13 +776,14 @@ def update(
     if args.distill_future_coef:  # Beyond: the KL divergence that an action leads to is a reward with values of its own
         pi = distribution(apply(networks.policy, state.params["policy"], observations[1:]))
         kls = [divergence(distribution(outputs), pi, args.kl_direction) for outputs in teach(rollout.observations[1:])]
-        total = sum(distill_coef)  # the values are of the mean divergence, so that they stay right while λ changes
-        kl = sum(coef * kl for coef, kl in zip(distill_coef, kls, strict=True)) / jnp.maximum(total, 1e-8)
+        coefs = jnp.stack(distill_coef)  # the values are of the mean divergence: right for any λ, and where all are 0
+        shares = jnp.where(coefs.sum() > 0, coefs / jnp.maximum(coefs.sum(), 1e-8), 1 / len(coefs))
+        kl = sum(share * kl for share, kl in zip(shares, kls, strict=True))
         horizon = 1.0 / max(1.0 - args.gamma, 1e-3)  # steps; the network's values are means over so many, not sums
         rewards = -kl * (1.0 - terminations)
         values = horizon * apply(networks.value, state.params["future"], observations)
         ahead, future = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
-        advantages += args.distill_future_coef * total * ahead
+        advantages += args.distill_future_coef * coefs.sum() * ahead
         future /= horizon
 
     batch = Batch(
@@ -1223,8 +1224,9 @@ def resolve(args: Args) -> Args:
     if args.distill_coef_final is not None and args.distill_coef_decay != "none":
         fail("--distill-coef-final and --distill-coef-decay exclude each other")
     if args.num_minibatches is None:
-        divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
-        args = dataclasses.replace(args, num_minibatches=next(divisors, args.batch_size))
+        fewest, most = -(-args.batch_size // 512), max(1, args.batch_size // 64)  # of 512 to 64 samples
+        divisors = (k for k in range(fewest, most + 1) if args.batch_size % k == 0)
+        args = dataclasses.replace(args, num_minibatches=next(divisors, fewest))
     if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
              f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")

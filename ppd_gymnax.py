@@ -978,10 +978,7 @@ class Run:
             old.unlink()
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Take SIGINT or SIGTERM: what comes before the students are trained ends and is saved; all else stops at once.
-
-        So does all at a second one.
-        """
+        """Take SIGINT or SIGTERM: training ends its part, and is saved; evaluation ends at once. So does all at two."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.signal = number
@@ -1153,7 +1150,8 @@ def plot(args: Args, folder: Path, results: dict[str, Any]) -> None:
         curve = np.array(curve).reshape(-1, args.num_seeds, 2)
         curve = curve[np.isfinite(curve).all((1, 2))]  # a seed has no return before an episode's end
         steps, returns = curve[:, 0, 0], curve[:, :, 1]
-        label = phase if len(curves) < 3 else f"{phase}, λ = {float(distill_coef):g}"
+        begins = "λ at first" if args.pbt_interval else "λ"
+        label = phase if len(curves) < 3 or phase == "teacher" else f"{phase}, {begins} = {float(distill_coef):g}"
         line, = axes.plot(steps, returns.mean(1), label=f"{label}, while it learns")
         axes.fill_between(steps, returns.min(1), returns.max(1), color=line.get_color(), alpha=0.2, linewidth=0)
     for name, style in (("teacher", "--"), ("corrupted_teacher", ":")):
@@ -1236,7 +1234,7 @@ RANGES = {
 MAX_LAYERS = 64
 OF_PPD = ("distill_coef", "distill_coef_final", "distill_coef_decay", "pbt_interval", "distill_weight",
           "distill_future_coef", "teacher_mean_clip")  # flags of its distillation term
-OF_STUDENTS = ("student_size", "student_hidden", "ent_coef", "num_steps")
+OF_STUDENTS = ("student_size", "student_hidden", "kl_direction", "ent_coef", "num_steps")
 RESUMABLE = ("resume", "device", "eval_episodes", "track", "wandb_project_name",
              "wandb_entity")  # flags that may change when a run goes on
 
@@ -1275,9 +1273,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def resolve(args: Args) -> Args:
     """Fill in the task's defaults; end the program for flags that cannot work, before anything is written."""
     env, params = make_env(args.env_id)
-    own = [name for name in OF_STUDENTS if getattr(args, name) != getattr(Args(), name)]
-    if args.method == "ppo" and own and not args.resume:  # a run that goes on has been told all of its flags
-        fail(f"--{own[0].replace('_', '-')} is of students; --method ppo trains teachers")
+    unused = {"ppd": (), "ppo": OF_PPD + OF_STUDENTS}.get(args.method, OF_PPD)
+    own = [name for name in unused if getattr(args, name) != getattr(Args(), name)]
+    if own and not args.resume:  # a run that goes on has been told all of its flags
+        fail(f"--{own[0].replace('_', '-')} has no effect beside --method {args.method}")
     known = MINATAR if is_grid(args.env_id) else STATES
     known = known | {"teacher_num_envs": args.num_envs or known["num_envs"],
                      "teacher_ent_coef": 0.05 if args.env_id in SPARSE else 0.01,
@@ -1286,6 +1285,8 @@ def resolve(args: Args) -> Args:
         known |= BASELINES
     if args.method == "ppo" and args.total_timesteps:
         known["teacher_timesteps"] = args.total_timesteps
+        if args.teacher_timesteps not in (None, args.total_timesteps) and not args.resume:
+            fail("--total-timesteps and --teacher-timesteps are one by --method ppo, and differ")
     args = dataclasses.replace(args, **{name: value for name, value in known.items() if getattr(args, name) is None})
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
@@ -1296,9 +1297,6 @@ def resolve(args: Args) -> Args:
         fail("--distill-coef takes one number or more")
     if args.method == "ppo" and args.teacher:
         fail("--method ppo trains teachers; with --teacher there is nothing left to do")
-    own = [name for name in OF_PPD if getattr(args, name) != getattr(Args(), name)]
-    if args.method != "ppd" and own:
-        fail(f"--{own[0].replace('_', '-')} is of PPD's term; {args.method} has none")
     if args.distill_coef_final is not None and args.distill_coef_decay != "none":
         fail("--distill-coef-final and --distill-coef-decay exclude each other")
     if args.distill_coef_decay == "return" and args.env_id in NEGATIVE:

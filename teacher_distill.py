@@ -847,7 +847,7 @@ def load_teacher(args: Args, saved: dict | None = None, arrays: dict[str, np.nda
     """
     env_id = args.env_id or "Hopper-v4"
     shipped = Path(__file__).parent / f"teachers/{env_id}__100.safetensors"
-    path, prefix = args.resume or args.teacher or shipped, "teacher/" if saved else ""
+    path, prefix = args.resume or (shipped if args.teacher is None else args.teacher), "teacher/" if saved else ""
     suite_of(env_id)
     if path == shipped and not shipped.exists():
         fail(f"there is no {path}; train a teacher by `python train_teacher.py --env-id {env_id}` and name its file "

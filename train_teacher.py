@@ -1051,8 +1051,9 @@ def resolve(args: Args) -> Args:
         if name not in VARIANTS[suite] and getattr(args, name, None) != getattr(Args, name, None):
             fail(f"--{name.replace('_', '-')} is not for {args.env_id}")
     if args.num_minibatches is None:
-        divisors = (k for k in range(-(-args.batch_size // 512), args.batch_size // 2 + 1) if args.batch_size % k == 0)
-        args = dataclasses.replace(args, num_minibatches=next(divisors, args.batch_size))
+        fewest, most = -(-args.batch_size // 512), max(1, args.batch_size // 64)  # of 512 to 64 samples
+        divisors = (k for k in range(fewest, most + 1) if args.batch_size % k == 0)
+        args = dataclasses.replace(args, num_minibatches=next(divisors, fewest))
     if args.batch_size % args.num_minibatches or args.batch_size < 2 * args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide a rollout of {args.num_envs} environments x "
              f"{args.num_steps} steps = {args.batch_size} samples into equal parts of at least 2")

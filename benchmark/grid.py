@@ -455,9 +455,12 @@ def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
             places = [free.pop(0) if local else None for _ in ready]
             if ready:
                 interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # jobs inherit it: Ctrl-C ends this program,
-                with executor.batch():  # which they notice
-                    jobs = [executor.submit(Execution(), run, args, cores, os.getpid() if local else None, gpus)
-                            for run, cores in zip(ready, places, strict=True)]
+                try:
+                    with executor.batch():  # which they notice
+                        jobs = [executor.submit(Execution(), run, args, cores, os.getpid() if local else None, gpus)
+                                for run, cores in zip(ready, places, strict=True)]
+                except submitit.core.utils.FailedJobError as error:
+                    fail(f"Slurm takes no jobs: {' '.join(str(error).split())}")
                 signal.signal(signal.SIGINT, interrupt)
                 running |= dict(zip(ready, zip(jobs, places, strict=True), strict=True))
                 waiting = [run for run in waiting if run not in running]

@@ -44,7 +44,7 @@ class Args:
     seed: int = 100
     """seed of the student and of the environments"""
     teacher: Path | None = None
-    """model file of the teacher; left out, the shipped one of the task"""
+    """model file of the teacher; left out, the shipped one of the task and the seed"""
     total_timesteps: int = 2_000_000
     """environment steps; the last rollout is completed"""
     distill_coef: float = 1.0
@@ -64,8 +64,11 @@ class Args:
 
 def read_model(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """Return what a model file says of itself, and its arrays by name."""
-    with safetensors.safe_open(path, "numpy") as file:
-        return json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # of many kinds, for content of any kind
+        fail(f"{path} is no model: {error}")
 
 
 def normalize(arrays: dict[str, np.ndarray], observations: np.ndarray) -> np.ndarray:
@@ -259,15 +262,19 @@ def fail(message: str) -> NoReturn:
 
 def main(args: Args) -> dict:
     """Distil one student, evaluate it and its teacher, and return what the file has."""
-    path = args.teacher or ROOT / f"teachers/{args.env_id}__100.safetensors"
+    path = args.teacher or ROOT / f"teachers/{args.env_id}__{args.seed}.safetensors"
     sys.path.insert(0, args.reference)
     if importlib.util.find_spec("sb3_distill") is None:
         fail(f"{args.reference} is no checkout of sb3_distill")
     if not path.exists():
         fail(f"there is no {path}; name a teacher of {args.env_id} with --teacher")
     about, arrays = read_model(path)
+    if about["env_id"] != args.env_id or about["network"]["kind"] != "mlp":
+        fail(f"{path} is a teacher of {about['env_id']}, not of {args.env_id}")
     if about["network"].get("activation", "relu") != "relu" or about["network"].get("value_hidden"):
         fail(f"{path} has tanh layers or a value network of other widths; this moves ReLU and equal widths alone")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)  # not only when all is computed
     import torch
 
     torch.set_num_threads(args.threads)
@@ -288,7 +295,6 @@ def main(args: Args) -> dict:
     print(f"student: {learned['mean']:.1f} ± {learned['std']:.1f}, {result['ratio']:.3f} of the teacher; "
           f"{student.num_timesteps:,} steps in {seconds:,.0f} s")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return result
 

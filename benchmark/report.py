@@ -20,6 +20,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import matplotlib
 import numpy as np
@@ -61,16 +62,24 @@ class Args:
     """bring the tables of README.md and docs/ up to date, if the results are the repository's own"""
 
 
+def fail(message: str) -> NoReturn:
+    """End the program for bad input: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def load(folder: Path) -> pd.DataFrame:
     """Read all rows of all suites.
 
     Where there is a λ study, the larger students of PPD are those of λ = 1 in it.
     """
-    tables = [pd.read_csv(folder / f"{suite}.csv") for suite in SUITES if (folder / f"{suite}.csv").exists()]
-    if not tables:
+    try:
+        tables = [pd.read_csv(folder / f"{suite}.csv") for suite in SUITES if (folder / f"{suite}.csv").exists()]
+    except ValueError as error:  # pandas' own are of this kind
+        fail(f"{folder} has a table that cannot be read: {error}")
+    if not tables or any("experiment" not in table for table in tables):
         names = ", ".join(f"{suite}.csv" for suite in SUITES)
-        print(f"error: {folder} has no table of the grid: none of {names}", file=sys.stderr)
-        raise SystemExit(2)
+        fail(f"{folder} has no table of the grid ({names}), or one that is of something else")
     runs = pd.concat(tables, ignore_index=True)
     # On MuJoCo all students beyond the paper have one teacher, and priors are teachers of other tasks
     shared = runs.experiment.isin(["beyond", "several"]) & (runs.suite != "gymnax") | (runs.method == "ppd-prior")
@@ -92,7 +101,8 @@ def references(folder: Path) -> pd.DataFrame:
     for path in sorted((folder / "reference").glob("*.json")):
         found = json.loads(path.read_text())
         standard = path.stem == f"{found['env_id']}__{found['student_size']}__{found['seed']}"
-        if not standard or "--distill-coef" in found["command"] or "--teacher" in found["command"]:
+        own = found["teacher_file"] == f"{found['env_id']}__{found['seed']}.safetensors"
+        if not (standard and own) or re.search("--(distill-coef|total-timesteps|eval-episodes)", found["command"]):
             continue
         row = {"experiment": "reference", "suite": "mujoco", "task": found["env_id"], "method": "ppd"}
         row |= {"size": found["student_size"], "seed": found["seed"], "command": found["command"]}
@@ -271,9 +281,10 @@ def spread(rows: pd.DataFrame) -> str:
     return "mean ± standard deviation over seeds" + ("" if several_seeds(rows) else ", where there are several")
 
 
-def geometric(rows: pd.DataFrame, split: str = "") -> str:
+def geometric(rows: pd.DataFrame, split: str = "", players: tuple[str, ...] = ("student",)) -> str:
     """Name the mean of a table of fractions, and say so where one has counted for more than it is."""
-    low = (scores(rows, "student", split) < FLOOR * scores(rows, "teacher", split)).any()
+    rows = rows[scores(rows, "teacher", split) > 0]
+    low = any((scores(rows, player, split) < FLOOR * scores(rows, "teacher", split)).any() for player in players)
     return "geometric mean" + (f"; a fraction below {FLOOR} counts as {FLOOR}" if low else "")
 
 
@@ -764,7 +775,7 @@ def draw(folder: Path, runs: pd.DataFrame) -> list[str]:
 def sections(runs: pd.DataFrame) -> dict[str, str]:
     """Return every table by its name, with a caption."""
     found, methods = {}, runs[runs.experiment == "methods"]
-    by_t_and_bootstrap = "mean and 95% interval over seeds (of the geometric mean by bootstrap)"
+    both, interval = ("student", "corrupted_teacher"), "mean and 95% interval over seeds, by t; by bootstrap for the"
     if set(methods.suite) & set(CURVE_FIGURES):
         of_suites = methods[methods.suite.isin(CURVE_FIGURES)]
         found["overview"] = (f"Students as a fraction of their teachers (Table 1), {geometric(of_suites)}\n\n"
@@ -796,12 +807,13 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
         if "imperfect" in kinds:
             found[f"{suite}-imperfect"] = (
                 f"{name}: larger students of corrupted teachers, as a fraction of the uncorrupted (Tables 2 and 6), "
-                f"{geometric(each[each.experiment == 'imperfect'])}\n\n" + imperfect_table(runs, suite, "geometric"))
+                f"{geometric(each[each.experiment == 'imperfect'], '', both)}\n\n"
+                + imperfect_table(runs, suite, "geometric"))
             found[f"{suite}-imperfect-iqm"] = (
                 f"{name}: the same, interquartile mean\n\n" + imperfect_table(runs, suite, "iqm"))
         if "lambda" in kinds:
             found[f"{suite}-lambda"] = (
-                f"{name}: larger students by PPD with several λ; "
+                f"{name}: larger students by PPD with several λ; {geometric(each[each.experiment == 'lambda'])}; "
                 f"returns: {spread(each[each.experiment == 'lambda'])}\n\n" + lambda_table(runs, suite))
         if any(kind.startswith("rate-") for kind in kinds):
             found[f"{suite}-rates"] = (
@@ -810,11 +822,13 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
         if "beyond" in kinds:
             found[f"{suite}-beyond"] = (
                 f"{name_of(suite, each[each.experiment == 'beyond'])}: PPD with one thing changed, as a fraction of "
-                f"the teacher's return; {by_t_and_bootstrap}\n\n" + beyond_table(runs, suite))
+                f"the teacher's return; {interval} {geometric(each[each.experiment == 'beyond'])}\n\n"
+                + beyond_table(runs, suite))
         if "adaptive" in kinds:
             found[f"{suite}-adaptive"] = (
                 f"{name_of(suite, each[each.experiment == 'adaptive'])}: larger students of corrupted teachers by PPD, "
-                f"as a fraction of the original's return; {by_t_and_bootstrap}\n\n" + adaptive_table(runs, suite))
+                f"as a fraction of the original's return; {interval} "
+                f"{geometric(each[each.experiment == 'adaptive'], '', both)}\n\n" + adaptive_table(runs, suite))
         if "several" in kinds:
             found[f"{suite}-several"] = (
                 f"{name}: larger students of two corrupted teachers and of each, as a fraction of the original's "
@@ -837,7 +851,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
             found["procgen-train-returns"] = (
                 f"{name}, training levels: returns (Table 5)\n\n" + returns_table(runs, suite, "train_"))
             found["procgen-train-imperfect"] = (
-                f"{name}, training levels: corrupted teachers (Table 8)\n\n"
+                f"{name}, training levels: corrupted teachers (Table 8), "
+                f"{geometric(each[each.experiment == 'imperfect'], 'train_', both)}\n\n"
                 + imperfect_table(runs, suite, "geometric", "train_"))
     return found
 

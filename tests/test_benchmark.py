@@ -350,6 +350,21 @@ def test_the_report_gives_what_the_rows_say_and_leaves_the_rest_empty(tmp_path, 
     assert [cell.strip() for cell in line.split("|")[1:-1]] == ["± standard error", "14", "", "", "", "", "", "28", "", "", ""]
 
 
+def test_a_heading_names_the_floor_where_a_fraction_has_counted_as_it():
+    rows = pd.DataFrame({"suite": "mujoco", "teacher_mean": [10.0, 10.0, -1.0], "student_mean": [9.0, 8.0, -5.0], "corrupted_teacher_mean": [5.0, 0.0, 0.0]})
+    assert report.geometric(rows) == "geometric mean"  # the third teacher has no fractions
+    for found in (report.geometric(rows.assign(student_mean=[9.0, -1.0, 1.0])), report.geometric(rows, players=("student", "corrupted_teacher"))):
+        assert found == "geometric mean; a fraction below 0.01 counts as 0.01"
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n"])
+def test_tables_of_something_else_are_refused(content, tmp_path, capsys):
+    (tmp_path / "mujoco.csv").write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        report.main(report.Args(results=tmp_path))
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_cells_of_a_row_rest_on_the_same_runs():
     """Freeway has no teacher-distill and a teacher that scores nothing; a method without any run takes nothing away."""
     rows = pd.DataFrame([{"suite": "gymnax", "task": task, "seed": seed, "method": method, "teacher_mean": teacher, "student_mean": 1.0}
@@ -510,11 +525,17 @@ def test_the_reference_stands_beside_ours(tmp_path):
     (tmp_path / "reference").mkdir()
     (tmp_path / "reference/Ant-v4__same__100.json").write_text(json.dumps({
         "env_id": "Ant-v4", "student_size": "same", "seed": 100, "steps": 1152, "command": "python benchmark/reference.py",
+        "teacher_file": "Ant-v4__100.safetensors",
         "teacher": {"mean": 200_000.0, "std": 2000.0, "returns": [0.0] * 4},
         "student": {"mean": 50_000.0, "std": 1000.0, "returns": [0.0] * 4},
         "curve": [{"steps": 1152 * i, "kl": 10.0 / i, "return": None} for i in (1, 2, 3)]}))
     (tmp_path / "reference/of_another_lambda.json").write_bytes((tmp_path / "reference/Ant-v4__same__100.json").read_bytes())
+    other = json.loads((tmp_path / "reference/Ant-v4__same__100.json").read_text()) | {"seed": 200}  # from seed 100's teacher
+    (tmp_path / "reference/Ant-v4__same__200.json").write_text(json.dumps(other))
+    short = other | {"seed": 300, "teacher_file": "Ant-v4__300.safetensors", "command": "python x --total-timesteps 1152"}
+    (tmp_path / "reference/Ant-v4__same__300.json").write_text(json.dumps(short))
     runs = report.load(tmp_path).assign(episodes=4, teacher_std=400.0, student_std=200.0)
+    assert runs[runs.experiment == "reference"].seed.tolist() == [100]
     table = report.sections(runs)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table["mujoco-returns"].splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1 and lines[0][-1] == "the reference's ppd / teacher (ours)"

@@ -247,6 +247,14 @@ def test_nothing_is_ahead_where_lambda_is_0():
         jax.tree.map(lambda x, y: close(x, y, 1e-6), without.params[name], ahead.params[name])
 
 
+def test_the_values_ahead_are_learned_alike_by_any_lambda():
+    """Also by 0, to which --distill-coef-decay return may bring all: λ may rise again."""
+    rollout, learner = made_up_rollout(ppd_beyond, False), Learner(False, num_teachers=2, distill_future_coef=1.0)
+    first, *others = (learner.learn(rollout, *coefs)[0].params["future"] for coefs in ((1.0, 1.0), (0.1, 0.1), (0.0, 0.0)))
+    for other in others:
+        jax.tree.map(lambda x, y: close(x, y, 1e-5), first, other)
+
+
 @pytest.mark.parametrize("m", [ppd_beyond, ppd_gymnax])
 def test_the_gradient_of_the_values_ahead_is_clipped_apart(m):
     """However large it is, policy and value take the steps that they take without it."""

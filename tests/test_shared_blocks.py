@@ -53,7 +53,7 @@ GROUPS = {name: [{LETTERS[letter] for letter in group} for group in groups.split
 DIFFERENT_FLAGS = {"teacher", "env_id", "num_steps", "gamma", "ent_coef", "run_dir", "total_timesteps", "eval_episodes", "student_size", "num_devices",
                    "frame_skip", "repeat_action_probability", "start_level", "num_levels"}
 OWN_FLAGS = {"ppd_gymnax.py": {"device", "distill_coef", "learning_rate", "num_envs", "num_minibatches", "resume", "seed", "teacher", "teacher_noise_seed"},
-             "ppd_beyond.py": {"distill_coef"}}
+             "ppd_beyond.py": {"distill_coef", "teacher_noise_seed"}}
 SECTIONS = ["Arguments", "Environments", "Networks", "Mathematics", "Jitted steps", "Files", "Evaluation", "Command line", "Main"]
 COMPANIONS = {"distrax": "tfp-nightly", "envpool": "gymnasium", "gymnax": "gymnasium"}  # pinned for what a package needs
 OPTIONAL = {"torch", "wandb"}
