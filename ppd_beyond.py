@@ -776,7 +776,7 @@ def update(
     if args.distill_future_coef:  # Beyond: the KL divergence that an action leads to is a reward with values of its own
         pi = distribution(apply(networks.policy, state.params["policy"], observations[1:]))
         kls = [divergence(distribution(outputs), pi, args.kl_direction) for outputs in teach(rollout.observations[1:])]
-        coefs = jnp.stack(distill_coef)  # the values are of the mean divergence: right for any λ, and where all are 0
+        coefs = jnp.stack(distill_coef)  # values are of the mean divergence: right while all λ fall alike, even to 0
         shares = jnp.where(coefs.sum() > 0, coefs / jnp.maximum(coefs.sum(), 1e-8), 1 / len(coefs))
         kl = sum(share * kl for share, kl in zip(shares, kls, strict=True))
         horizon = 1.0 / max(1.0 - args.gamma, 1e-3)  # steps; the network's values are means over so many, not sums

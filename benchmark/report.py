@@ -785,7 +785,8 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
         found["summary"] = f"Students as a fraction of their teachers, {geometric(methods)}\n\n" + summary_table(runs)
     for suite in (suite for suite in SUITES if suite in set(runs.suite)):
         each, name = runs[runs.suite == suite], SUITES[suite]
-        kinds = set(each.experiment)
+        parts = dict(list(each.groupby("experiment")))
+        kinds = set(parts)
         if "methods" in kinds:
             found[f"{suite}-methods"] = (
                 f"{name}: students as a fraction of their teachers (Table 1), "
@@ -794,9 +795,9 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                 found[f"{suite}-methods-iqm"] = (
                     f"{name}: the same, interquartile mean\n\n" + methods_table(runs, suite, "iqm"))
             found[f"{suite}-returns"] = (
-                f"{name}: returns, {spread(each[each.experiment == 'methods'])} (Table 5)\n\n"
+                f"{name}: returns, {spread(parts['methods'])} (Table 5)\n\n"
                 + returns_table(runs, suite))
-            if several_seeds(each[each.experiment == "methods"]):
+            if several_seeds(parts["methods"]):
                 found[f"{suite}-improvement"] = (
                     f"{name}: probability that a student of PPD scores higher than a baseline's, with 95% intervals "
                     "over seeds\n\n" + improvement_table(runs, suite))
@@ -807,28 +808,28 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
         if "imperfect" in kinds:
             found[f"{suite}-imperfect"] = (
                 f"{name}: larger students of corrupted teachers, as a fraction of the uncorrupted (Tables 2 and 6), "
-                f"{geometric(each[each.experiment == 'imperfect'], '', both)}\n\n"
+                f"{geometric(parts['imperfect'], players=both)}\n\n"
                 + imperfect_table(runs, suite, "geometric"))
             found[f"{suite}-imperfect-iqm"] = (
                 f"{name}: the same, interquartile mean\n\n" + imperfect_table(runs, suite, "iqm"))
         if "lambda" in kinds:
             found[f"{suite}-lambda"] = (
-                f"{name}: larger students by PPD with several λ; {geometric(each[each.experiment == 'lambda'])}; "
-                f"returns: {spread(each[each.experiment == 'lambda'])}\n\n" + lambda_table(runs, suite))
+                f"{name}: larger students by PPD with several λ; {geometric(parts['lambda'])}; "
+                f"returns: {spread(parts['lambda'])}\n\n" + lambda_table(runs, suite))
         if any(kind.startswith("rate-") for kind in kinds):
             found[f"{suite}-rates"] = (
                 f"{name}: larger students by learning rate, as a fraction of their teachers, "
                 f"{geometric(each[each.experiment.str.startswith('rate-')])}\n\n" + rates_table(runs, suite))
         if "beyond" in kinds:
             found[f"{suite}-beyond"] = (
-                f"{name_of(suite, each[each.experiment == 'beyond'])}: PPD with one thing changed, as a fraction of "
-                f"the teacher's return; {interval} {geometric(each[each.experiment == 'beyond'])}\n\n"
+                f"{name_of(suite, parts['beyond'])}: PPD with one thing changed, as a fraction of "
+                f"the teacher's return; {interval} {geometric(parts['beyond'])}\n\n"
                 + beyond_table(runs, suite))
         if "adaptive" in kinds:
             found[f"{suite}-adaptive"] = (
-                f"{name_of(suite, each[each.experiment == 'adaptive'])}: larger students of corrupted teachers by PPD, "
+                f"{name_of(suite, parts['adaptive'])}: larger students of corrupted teachers by PPD, "
                 f"as a fraction of the original's return; {interval} "
-                f"{geometric(each[each.experiment == 'adaptive'], '', both)}\n\n" + adaptive_table(runs, suite))
+                f"{geometric(parts['adaptive'], players=both)}\n\n" + adaptive_table(runs, suite))
         if "several" in kinds:
             found[f"{suite}-several"] = (
                 f"{name}: larger students of two corrupted teachers and of each, as a fraction of the original's "
@@ -852,7 +853,7 @@ def sections(runs: pd.DataFrame) -> dict[str, str]:
                 f"{name}, training levels: returns (Table 5)\n\n" + returns_table(runs, suite, "train_"))
             found["procgen-train-imperfect"] = (
                 f"{name}, training levels: corrupted teachers (Table 8), "
-                f"{geometric(each[each.experiment == 'imperfect'], 'train_', both)}\n\n"
+                f"{geometric(parts.get('imperfect', each[:0]), 'train_', both)}\n\n"
                 + imperfect_table(runs, suite, "geometric", "train_"))
     return found
 
