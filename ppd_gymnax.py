@@ -114,7 +114,7 @@ class Args:
 
     # Teacher
     teacher: str | None = None  # file for all seeds, or folder with teacher_{seed}.safetensors; by default trained here
-    teacher_timesteps: int | None = None  # environment steps of a teacher trained here; ppo takes --total-timesteps too
+    teacher_timesteps: int | None = None  # environment steps of a teacher trained here; or, by ppo, --total-timesteps
     teacher_num_envs: int | None = None  # environments while the teacher is trained; by default as many as PPD's
     teacher_num_steps: int = 128  # steps of each environment in a rollout while the teacher is trained
     teacher_ent_coef: float | None = None  # weight of its entropy bonus: 0.01, but 0.05 for Acrobot and MountainCar
@@ -1285,8 +1285,6 @@ def resolve(args: Args) -> Args:
         known |= BASELINES
     if args.method == "ppo" and args.total_timesteps:
         known["teacher_timesteps"] = args.total_timesteps
-        if args.teacher_timesteps not in (None, args.total_timesteps) and not args.resume:
-            fail("--total-timesteps and --teacher-timesteps are one by --method ppo, and differ")
     args = dataclasses.replace(args, **{name: value for name, value in known.items() if getattr(args, name) is None})
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)

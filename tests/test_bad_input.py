@@ -153,7 +153,6 @@ BAD = [
     (ppd_gymnax, "--method ppo --teacher {t}", "--method ppo trains teachers; with --teacher there is nothing left to do"),
     (ppd_gymnax, "--method ppo --distill-coef 2", "--distill-coef has no effect beside --method ppo"),
     (ppd_gymnax, "--method ppo --kl-direction reverse", "--kl-direction has no effect beside --method ppo"),
-    (ppd_gymnax, "--method ppo --total-timesteps 1000 --teacher-timesteps 5000", "--total-timesteps and --teacher-timesteps are one"),
     (ppd_gymnax, "--teacher {x}", "cannot read {x}/teacher_100.safetensors: "),
     (ppd_gymnax, "--teacher-num-envs 0", "--teacher-num-envs must lie between 1 and"),
     (ppd_gymnax, "--num-parts 0", "--num-parts must lie between 1 and"),

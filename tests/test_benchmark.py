@@ -66,6 +66,7 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
         flags = SCRIPTS[words[1]].parse_args(words[2:])
         assert (flags.env_id, flags.seed) == (run.task, run.seed)
         if run.suite == "gymnax":
+            SCRIPTS["ppd_gymnax.py"].resolve(dataclasses.replace(flags, teacher=None))  # ends the program for flags that cannot work
             assert (flags.method, flags.num_seeds) == ("ppd" if run.method in grid.VARIANTS else run.method, 5)
             assert (flags.distill_coef_decay == "return", flags.pbt_interval == 5) == (run.method == "ppd-decay", run.method == "ppd-pbt")
             assert run.experiment != "adaptive" or flags.distill_coef == (0.5, 1, 2, 5)

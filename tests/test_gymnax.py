@@ -378,6 +378,7 @@ def test_teachers_trained_alone_teach_their_own_seeds(tmp_path):
 def test_baselines_take_as_many_gradient_steps_as_ppd():
     """And teachers are the same whatever the students' method; what is asked for is done."""
     assert m.resolve(m.Args(method="ppo", total_timesteps=1000)).teacher_timesteps == 1000
+    assert m.resolve(m.Args(method="ppo", total_timesteps=1000, teacher_timesteps=5000)).teacher_timesteps == 5000  # as the grid has it
     args = {name: m.resolve(m.Args(method=name)) for name in ("ppd", "student-distill", "teacher-distill", "ppo")}
     samples = {name: each.batch_size / (each.num_minibatches * each.update_epochs if name == "ppd" else 1) for name, each in args.items()}
     assert samples["ppd"] == 64 and samples["student-distill"] == samples["teacher-distill"] == 80

@@ -70,17 +70,18 @@ def test_the_command_in_the_file_names_what_is_not_the_default():
 @pytest.mark.parametrize(("flags", "message"), [
     ({"reference": "elsewhere"}, "elsewhere is no checkout of sb3_distill"),
     ({"env_id": "Walker2d-v4"}, "Walker2d-v4__100.safetensors; name a teacher of Walker2d-v4 with --teacher"),
+    ({"env_id": "Ant-v4", "teacher": "tanh"}, "tanh is a teacher of Hopper-v4, not of Ant-v4"),
     ({"teacher": "tanh"}, "tanh has tanh layers or a value network of other widths"),
 ])
 def test_what_cannot_be_run_is_said(flags, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "sb3_distill.py").write_text("")
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.delitem(sys.modules, "sb3_distill", raising=False)
-    about = {"network": {"hidden": [64, 64], "activation": "tanh"}}
+    about = {"env_id": "Hopper-v4", "network": {"kind": "mlp", "hidden": [64, 64], "activation": "tanh"}}
     (tmp_path / "tanh").touch()
     if "teacher" in flags:
         monkeypatch.setattr(reference, "read_model", lambda path: (about, {}))
-        flags = {"teacher": tmp_path / "tanh"}
+        flags = flags | {"teacher": tmp_path / "tanh"}
     with pytest.raises(SystemExit) as ended:
         reference.main(reference.Args(**{"reference": str(tmp_path)} | flags))
     assert ended.value.code == 2 and message in capsys.readouterr().err
