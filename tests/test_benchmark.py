@@ -66,7 +66,7 @@ def test_every_command_line_of_the_grid_means_what_its_run_is_called():
         flags = SCRIPTS[words[1]].parse_args(words[2:])
         assert (flags.env_id, flags.seed) == (run.task, run.seed)
         if run.suite == "gymnax":
-            SCRIPTS["ppd_gymnax.py"].resolve(dataclasses.replace(flags, teacher=None))  # ends the program for flags that cannot work
+            ppd_gymnax.resolve(dataclasses.replace(flags, teacher=None))  # ends the program for flags that cannot work
             assert (flags.method, flags.num_seeds) == ("ppd" if run.method in grid.VARIANTS else run.method, 5)
             assert (flags.distill_coef_decay == "return", flags.pbt_interval == 5) == (run.method == "ppd-decay", run.method == "ppd-pbt")
             assert run.experiment != "adaptive" or flags.distill_coef == (0.5, 1, 2, 5)
@@ -461,6 +461,21 @@ def test_committed_rows_are_whole():
         for row in rows:
             assert row["suite"] == path.stem and row["teacher_mean"] and row["command"].startswith("python ") and "/tmp" not in row["command"]
             assert (row["student_mean"] != "") == (row["method"] != "ppo")
+
+
+def test_recorded_commands_are_still_understood():
+    """One of each set of flags, but for two flags that the page on results explains."""
+    found = [json.loads(path.read_text()) for path in (ROOT / "benchmark/results").rglob("*.json")]
+    found += [row for path in (ROOT / "benchmark/results").glob("*.csv") for row in csv.DictReader(path.open(newline=""))]
+    commands = [shlex.split(each["command"]) for each in found if isinstance(each, dict) and "command" in each]
+    kinds = {(*words[1:2], *(word for word in words if word.startswith("--"))): words for words in commands}
+    old = ("--contact-forces True", "--method ppo --learning-rate 0.001 --num-envs 16 --num-steps")
+    kinds = {kind: words for kind, words in kinds.items() if words[1] in SCRIPTS and not any(x in " ".join(words) for x in old)}
+    assert len(kinds) > 20
+    for words in kinds.values():
+        flags = SCRIPTS[words[1]].parse_args(words[2:])
+        if words[1] == "ppd_gymnax.py":
+            ppd_gymnax.resolve(dataclasses.replace(flags, teacher=None, run_dir=None))
 
 
 def test_an_atari_game_without_a_humans_score_counts_by_its_returns():
