@@ -145,7 +145,7 @@ def test_first_kl_divergences_are_those_of_the_curves():
     """And what of them comes from the teachers' deviations alone."""
     table = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in PAGES[ROOT / "docs/algorithm.md"].splitlines()
              if re.match(r"\| \w+-v4 \|", line)}
-    first = {"HalfCheetah-v4": {100: 13, 200: 16.1, 300: 13.5}, "Ant-v4": {100: 20, 200: 24.35}, "Humanoid-v4": {100: 240}, "Hopper-v4": {100: 550, 200: 110, 300: 520}}
+    first = {"HalfCheetah-v4": {100: 13, 200: 16.1, 300: 13.5}, "Ant-v4": {100: 20, 200: 24.35, 300: 19.15}, "Humanoid-v4": {100: 240}, "Hopper-v4": {100: 550, 200: 110, 300: 520}}
     assert set(table) == set(first)
     for env_id, values in first.items():
         for (seed, value), size in itertools.product(values.items(), ("smaller", "same", "larger")):
