@@ -776,13 +776,14 @@ def update(
     if args.distill_future_coef:  # Beyond: the KL divergence that an action leads to is a reward with values of its own
         pi = distribution(apply(networks.policy, state.params["policy"], observations[1:]))
         kls = [divergence(distribution(outputs), pi, args.kl_direction) for outputs in teach(rollout.observations[1:])]
-        coefs = jnp.stack(distill_coef)  # values are of the mean divergence: right while all λ fall alike, even to 0
-        shares = jnp.where(coefs.sum() > 0, coefs / jnp.maximum(coefs.sum(), 1e-8), 1 / len(coefs))
+        coefs, first = jnp.stack(distill_coef), np.broadcast_to(args.distill_coef, len(distill_coef))
+        shares = jnp.where(coefs.sum() > 0, coefs, first if first.any() else 1.0)
+        shares /= shares.sum()  # values are of the mean divergence: right while all λ fall alike, even to 0
         kl = sum(share * kl for share, kl in zip(shares, kls, strict=True))
         horizon = 1.0 / max(1.0 - args.gamma, 1e-3)  # steps; the network's values are means over so many, not sums
         rewards = -kl * (1.0 - terminations)
-        values = horizon * apply(networks.value, state.params["future"], observations)
-        ahead, future = compute_gae(rewards, values, terminations, truncations, args.gamma, args.gae_lambda)
+        future_values = horizon * apply(networks.value, state.params["future"], observations)
+        ahead, future = compute_gae(rewards, future_values, terminations, truncations, args.gamma, args.gae_lambda)
         advantages += args.distill_future_coef * coefs.sum() * ahead
         future /= horizon
 

@@ -535,6 +535,9 @@ class Networks(NamedTuple):
     teacher_value: Value | None
 
 
+NO_RETURN = -1e9  # of a run in which no episode has ended: finite, as all of a checkpoint must be
+
+
 class TrainState(NamedTuple):
     """All that learning changes, of one run or, with a leading axis [R], of several."""
 
@@ -585,7 +588,7 @@ def init_state(args: Args, networks: Networks, seed: int) -> TrainState:
     return_stats = Stats(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(1e-4))
     world = jax.jit(reset, static_argnums=(0, 1))(args.env_id, args.num_envs, reset_key)
     return TrainState(params, make_optimizer(args).init(params), obs_stats, return_stats, jnp.zeros(args.num_envs),
-                      world, key, distill_coef=jnp.float32(0.0), recent=jnp.float32(-1e9), fresh=jnp.bool_(False))
+                      world, key, distill_coef=jnp.float32(0.0), recent=jnp.float32(NO_RETURN), fresh=jnp.bool_(False))
 
 
 def stack(trees: list) -> Any:
@@ -673,9 +676,9 @@ def learn_ppd(
         pi = distribution(networks.policy.apply(state.params["policy"], next_observations))
         kl = divergence(distribution(teach(args, networks, teacher, next_observations)), pi, args.kl_direction)
         horizon = 1.0 / max(1.0 - args.gamma, 1e-3)  # steps; the network's values are means over so many, not sums
-        values = horizon * networks.value.apply(state.params["future"], observations)
-        next_values = horizon * networks.value.apply(state.params["future"], next_observations)
-        ahead, future = gae(-kl * (1.0 - rollout.terminations), values, next_values)
+        future_values = horizon * networks.value.apply(state.params["future"], observations)
+        next_future_values = horizon * networks.value.apply(state.params["future"], next_observations)
+        ahead, future = gae(-kl * (1.0 - rollout.terminations), future_values, next_future_values)
         advantages += args.distill_future_coef * distill_coef * ahead
         future /= horizon
 
@@ -797,13 +800,13 @@ def exploit(args: Args, state: TrainState, part: int) -> TrainState:
     Not where no episode of the seed has ended since the last time: there is nothing new to go by. state: [R], NumPy
     arrays. Source: population based training, as in Schmitt et al. 2018.
     """
-    runs, seeds = np.arange(len(state.recent)).reshape(-1, args.num_seeds), np.arange(args.num_seeds)
+    runs = np.arange(len(state.recent)).reshape(-1, args.num_seeds)
     best, worst = state.recent[runs].argmax(0), state.recent[runs].argmin(0)
+    moved = np.flatnonzero(state.fresh[runs].any(0) & (best != worst))  # seeds
     coins = [jax.random.bernoulli(jax.random.fold_in(jax.random.PRNGKey(seed), part)) for seed in args.seeds]
     parents, factors = runs.copy(), np.ones(runs.shape, np.float32)
-    moved = state.fresh[runs].any(0) & (best != worst)
-    parents[worst, seeds] = np.where(moved, runs[best, seeds], runs[worst, seeds])
-    factors[worst, seeds] = np.where(moved, np.where(coins, 1.25, 0.8), 1.0)
+    parents[worst[moved], moved] = runs[best[moved], moved]
+    factors[worst[moved], moved] = np.where(coins, 1.25, 0.8)[moved]
     parent = pick(state, parents.ravel())
     return state._replace(params=parent.params, opt_state=parent.opt_state, return_stats=parent.return_stats,
                           distill_coef=parent.distill_coef * factors.ravel(), recent=parent.recent,
@@ -1169,7 +1172,7 @@ def name_students(args: Args, state: TrainState) -> dict[str, dict]:
     """Return the students [S] by name: those of each λ, or those of a population whose last return was the highest."""
     students, runs = model(state), np.arange(len(state.recent)).reshape(-1, args.num_seeds)
     if args.pbt_interval:
-        if state.recent[runs].max(0).min() < -1e8:
+        if state.recent[runs].max(0).min() == np.float32(NO_RETURN):
             print("no episode has ended while the students of a seed learned: the first λ's was taken", file=sys.stderr)
         return {"student": pick(students, runs[state.recent[runs].argmax(0), np.arange(args.num_seeds)])}
     if len(args.distill_coef) == 1:
@@ -1297,6 +1300,8 @@ def resolve(args: Args) -> Args:
         fail("--method ppo trains teachers; with --teacher there is nothing left to do")
     if args.distill_coef_final is not None and args.distill_coef_decay != "none":
         fail("--distill-coef-final and --distill-coef-decay exclude each other")
+    if args.distill_coef_final is not None and args.pbt_interval:
+        fail("--distill-coef-final and --pbt-interval exclude each other: all λ of a population would end alike")
     if args.distill_coef_decay == "return" and args.env_id in NEGATIVE:
         fail(f"--distill-coef-decay return needs teachers of positive return; those of {args.env_id} have none")
     if len({f"{coef:g}" for coef in args.distill_coef}) < len(args.distill_coef):
@@ -1372,7 +1377,8 @@ def fit(args: Args, networks: Networks, teacher: dict | None, start: tuple | Non
     phase, updates = "teacher" if teacher is None else "student", args.updates_per_part
     runs = [(seed, distill_coef) for distill_coef in args.distill_coef for seed in args.seeds]
     first, state = jax.device_get(start or (0, init_runs(args, networks, teacher)))
-    seed_of, taught, goals = np.arange(len(runs)) % args.num_seeds, None, np.float32(1.0)
+    seed_of, taught = np.arange(len(runs)) % args.num_seeds, None
+    goals = np.float32(1.0)  # without effect, unless λ falls with the return
     if teacher is not None:
         taught = spread(pick(jax.device_get(imperfect(args, teacher)), seed_of))
     if args.distill_coef_decay == "return":

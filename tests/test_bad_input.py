@@ -91,6 +91,7 @@ BAD = [
     (ppd_mujoco, "--teacher {t} --distill-coef -1", "--distill-coef must lie between 0 and"),
     (ppd_mujoco, "--teacher {t} --distill-coef-final -1", "--distill-coef-final must lie between 0 and"),
     (ppd_gymnax, "--distill-coef-final 0 --distill-coef-decay return", "--distill-coef-final and --distill-coef-decay exclude each other"),
+    (ppd_gymnax, "--distill-coef 1 2 --distill-coef-final 0 --pbt-interval 2", "--distill-coef-final and --pbt-interval exclude each other"),
     (ppd_gymnax, "--pbt-interval 2", "--pbt-interval needs a population: two numbers or more for --distill-coef"),
     (ppd_gymnax, "--distill-coef 1 2 --pbt-interval 40", "--pbt-interval 40 leaves no exchange in a run of 40 parts"),
     (ppd_gymnax, "--method ppo --student-size smaller", "--student-size has no effect beside --method ppo"),

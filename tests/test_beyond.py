@@ -249,6 +249,15 @@ def test_nothing_is_ahead_where_lambda_is_0():
         jax.tree.map(lambda x, y: close(x, y, 1e-6), without.params[name], ahead.params[name])
 
 
+def test_at_lambda_0_the_values_ahead_are_of_the_same_mean():
+    """Of teachers of different λ, which fall to 0 alike."""
+    learner = Learner(False, 2, distill_future_coef=1.0, distill_coef=(1.0, 0.2))
+    learner.teachers[1]["policy"] = jax.tree.map(lambda x: 10.0 * x, learner.teachers[1]["policy"])
+    rollout = made_up_rollout(ppd_beyond, False)
+    little, none = (float(learner.learn(rollout, *coefs)[1]["losses/future_loss"]) for coefs in ((1e-6, 2e-7), (0.0, 0.0)))
+    assert little > 1e-3 and none == pytest.approx(little, rel=1e-4)
+
+
 @pytest.mark.parametrize("m", [ppd_beyond, ppd_gymnax])
 def test_the_gradient_of_the_values_ahead_is_clipped_apart(m):
     """However large it is, policy and value take the steps that they take without it."""
