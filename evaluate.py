@@ -79,7 +79,7 @@ class Args:
 
     model: tyro.conf.Positional[str]  # teacher.safetensors or student.safetensors of a run, or a shipped teacher
     episodes: int | None = None  # episodes, each the first of its environment; the paper's: 50, but 200 on Procgen
-    seed: int = 0  # seed of the games (environment i takes seed + i, but of gymnax); a run took its own
+    seed: int = 0  # seed of the games (environment i takes seed + i on MuJoCo and Atari); a run took its own
     repeat_action_probability: float | None = None  # Atari: sticky actions; by default as in training
     json: str | None = None  # also write every episode's return to this file
     video: str | None = None  # also film one episode: a .gif, or an .mp4 (pip install imageio-ffmpeg)

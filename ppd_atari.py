@@ -93,7 +93,7 @@ class Args:
     env_id: str | None = None  # Atari game, by envpool's name; by default the teacher's, or CrazyClimber-v5
     frame_skip: int | None = None  # frames for which an action is repeated; by default as in the teacher's training
     repeat_action_probability: float | None = None  # probability of sticky actions; by default the teacher's
-    seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
+    seed: int = 100  # seed of everything; those of a study lie 100 apart, as the paper's: 100, 200, 300, 400, 500
     total_timesteps: int = 2_000_000  # environment steps, rounded up to whole rollouts; resets count
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where the networks run; gpu is an error where there is none
     num_devices: int | None = None  # devices that share the work, by default the most that divide it, GPUs or cores
@@ -114,7 +114,7 @@ class Args:
     learning_rate: float = 3e-4  # step size of Adam, constant
     num_envs: int = 18  # environments stepped in parallel (N)
     num_steps: int = 64  # steps of each environment in a rollout (T)
-    num_minibatches: int | None = None  # minibatches of an epoch; by default the fewest of at most 512 samples
+    num_minibatches: int | None = None  # minibatches of an epoch; by default the fewest of 64 to 512 samples
     update_epochs: int = 4  # passes over each rollout
     gamma: float = 0.999  # discount factor (γ)
     gae_lambda: float = 0.9  # decay of generalised advantage estimation

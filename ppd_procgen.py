@@ -94,7 +94,7 @@ class Args:
     env_id: str | None = None  # Procgen game, by envpool's name; by default the teacher's, or CoinrunEasy-v0
     start_level: int | None = None  # first level to learn on; by default the teacher's
     num_levels: int | None = None  # levels to learn on; later ones are the test; by default the teacher's
-    seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
+    seed: int = 100  # seed of everything; those of a study lie 100 apart, as the paper's: 100, 200, 300, 400, 500
     total_timesteps: int = 2_000_000  # environment steps, rounded up to whole rollouts; resets count
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where the networks run; gpu is an error where there is none
     num_devices: int | None = None  # devices that share the work, by default the most that divide it, GPUs or cores
@@ -115,7 +115,7 @@ class Args:
     learning_rate: float = 3e-4  # step size of Adam, constant
     num_envs: int = 18  # environments stepped in parallel (N)
     num_steps: int = 64  # steps of each environment in a rollout (T)
-    num_minibatches: int | None = None  # minibatches of an epoch; by default the fewest of at most 512 samples
+    num_minibatches: int | None = None  # minibatches of an epoch; by default the fewest of 64 to 512 samples
     update_epochs: int = 4  # passes over each rollout
     gamma: float = 0.999  # discount factor (γ)
     gae_lambda: float = 0.9  # decay of generalised advantage estimation

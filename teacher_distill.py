@@ -101,7 +101,7 @@ class Args:
     repeat_action_probability: float | None = None  # Atari: probability of sticky actions; by default the teacher's
     start_level: int | None = None  # Procgen: first level to learn on; by default the teacher's
     num_levels: int | None = None  # Procgen: levels to learn on; later ones are the test; by default the teacher's
-    seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
+    seed: int = 100  # seed of everything; those of a study lie 100 apart, as the paper's: 100, 200, 300, 400, 500
     total_timesteps: int = 2_000_000  # environment steps, rounded up to whole rollouts; resets count
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where the networks run; gpu is an error where there is none
     num_devices: int | None = None  # devices that share the work, by default the most that divide it; for MLPs 1 core

@@ -103,7 +103,7 @@ class Args:
     start_level: int = 0  # Procgen: first level to learn on
     num_levels: int = 200  # Procgen: levels to learn on; all later ones are for the test
     contact_forces: bool = True  # Humanoid: observe contact forces, as in Gym; envpool's own default leaves zeros
-    seed: int = 100  # seed of everything; environment i takes seed + i (the paper's: 100, 200, 300, 400, 500)
+    seed: int = 100  # seed of everything; those of a study lie 100 apart, as the paper's: 100, 200, 300, 400, 500
     total_timesteps: int | None = None  # environment steps; the paper's: 10 million, but 30 on Procgen
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where the networks run; gpu is an error where there is none
     num_devices: int | None = None  # devices that share the work, by default the most that divide it; for MLPs 1 core
@@ -117,7 +117,7 @@ class Args:
     learning_rate: float = 3e-4  # step size of Adam, constant
     num_envs: int = 18  # environments stepped in parallel (N)
     num_steps: int | None = None  # steps of a rollout (T); the paper's: 256 on Atari, Hopper and Swimmer, else 512
-    num_minibatches: int | None = None  # minibatches of an epoch; by default the fewest of at most 512 samples
+    num_minibatches: int | None = None  # minibatches of an epoch; by default the fewest of 64 to 512 samples
     update_epochs: int = 4  # passes over each rollout
     gamma: float = 0.995  # discount factor (γ)
     gae_lambda: float = 0.9  # decay of generalised advantage estimation
