@@ -112,11 +112,6 @@ HUMAN = {
 }
 
 
-def count_cores() -> int:
-    """Return how many cores of the CPU this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def import_envpool() -> Any:
     """Import envpool only when it is needed: that is slow, and fails where a system library is missing."""
     try:

@@ -341,7 +341,7 @@ def read_cleanrl(path: str) -> Agent:
         raise ValueError(f"{', '.join(sorted(names))} is unknown in CleanRL's PPO")
 
     def layer(found):
-        return tuple(np.asarray(found[name]) for name in ("kernel", "bias"))
+        return tuple(np.asarray(found[name], np.float32) for name in ("kernel", "bias"))
 
     convolutions = [layer(shared[f"Conv_{i}"]) for i in range(3)]
     networks = (Layers(convolutions, [layer(shared["Dense_0"]), layer(head["Dense_0"])]) for head in (policy, value))
@@ -416,6 +416,8 @@ def check_agent(agent: Agent, observation_shape: list[int], num_actions: int, ga
     for layers, outputs in ((agent.policy, num_actions), (agent.value, 1)):
         if bool(layers.convolutions) != (len(observation_shape) == 3):
             raise ValueError(f"it has {len(layers.convolutions)} convolutions, for observations of {observation_shape}")
+        if any(bias.ndim != 1 for _, bias in (*layers.convolutions, *layers.dense)):
+            raise ValueError("a bias of it is no vector")
         inputs, sizes = observation_shape[0], (8, 4, 3)
         for (kernel, bias), size in zip(layers.convolutions, sizes, strict=bool(layers.convolutions)):
             if kernel.shape != (size, size, inputs, len(bias)):

@@ -160,11 +160,11 @@ def experiments(suite: str) -> Iterator[Run]:
         yield from (Run(f"rate-{rate}", suite, task, method, "larger", SEEDS[0])
                     for rate in RATES for task in TASKS[suite] for method in METHODS)
     for task in CPU_TASKS.get(suite, ()):
-        sizes = tuple(CPU_SIZES)[: 2 if suite == "procgen" else 1]
+        sizes = CPU_SIZES if suite == "procgen" else ("smaller",)
         yield Run("cpu-teachers", suite, task, "ppo", "smaller", SEEDS[0])
         yield from (Run("cpu-methods", suite, task, method, size, SEEDS[0]) for size in sizes for method in METHODS)
         if suite == "procgen":
-            yield from (Run("cpu-imperfect", suite, task, method, sizes[-1], SEEDS[0]) for method in METHODS)
+            yield from (Run("cpu-imperfect", suite, task, method, "smaller-512", SEEDS[0]) for method in METHODS)
     yield from (Run("cpu-priors", suite, task, method, "smaller", SEEDS[0])
                 for task in PRIORS.get(suite, ()) for method in ("ppd-prior", "ppd-alone"))
 
@@ -173,10 +173,7 @@ def experiments(suite: str) -> Iterator[Run]:
 class Args:
     """All flags of this program; any other filter that is not given lets everything pass."""
 
-    experiment: tuple[
-        Literal["teachers", "methods", "imperfect", "lambda", "rate-0.0004", "rate-0.001", "beyond", "adaptive",
-                "several", "short-teachers", "cpu-teachers", "cpu-methods", "cpu-imperfect", "cpu-priors"],
-        ...] = PAPER
+    experiment: tuple[Literal[*EXPERIMENTS], ...] = PAPER
     """filter, by default the paper's: teachers; every method and size; corrupted teachers; several λ; not the paper's:
     MinAtar's larger students with another learning rate; PPD with a changed distillation term; λ that adapts; two
     corrupted teachers; MinAtar's teachers for these; with cpu-, images at a scale that a CPU can train, priors among
@@ -185,18 +182,16 @@ class Args:
     """filter"""
     task: tuple[str, ...] = ()
     """filter, by envpool's or gymnax's name"""
-    method: tuple[Literal["ppo", "ppd", "student-distill", "teacher-distill", "ppd-detached", "ppd-future",
-                          "ppd-mean-clip", "ppd-decay", "ppd-pbt", "ppd-alone", "ppd-prior", "ppd-second",
-                          "ppd-both"], ...] = ()
+    method: tuple[Literal["ppo", *METHODS, *list(VARIANTS)[1:]], ...] = ()
     """filter; ppo trains teachers; those after teacher-distill are of the experiments that are not the paper's"""
-    size: tuple[Literal["smaller", "same", "larger", "smaller-512"], ...] = ()
+    size: tuple[Literal[*SIZES, "smaller-512"], ...] = ()
     """filter: the student's size"""
     seed: tuple[int, ...] = ()
     """filter: 100, 200, 300, 400 or 500; gymnax's run of seed 100 is of five seeds"""
     dry_run: bool = False
     """print the command lines and stop"""
     folder: Path = Path("runs/grid")
-    """where the runs go"""
+    """where the runs go, seen from the repository's folder"""
     results: Path | None = None
     """where their rows go: {suite}.csv and curves/{run}.csv; by default the folder results within --folder"""
     processes: int | None = None
@@ -294,6 +289,7 @@ def chosen(args: Args) -> list[Run]:
 
 GPUS = ("CUDA_VISIBLE_DEVICES",)
 OF_THE_GRID = {"--env-id", "--seed", "--teacher", "--method", "--student-size", "--size", "--run-dir", "--resume"}
+BUDGETS = {"--total-timesteps", "--teacher-timesteps", "--num-seeds", "--eval-episodes"}  # which --extra may change
 MAX_ARRAY = 1000  # jobs; what Slurm allows unless it is told otherwise
 
 
@@ -302,11 +298,10 @@ def is_done(run: Run, args: Args) -> bool:
     return (ROOT / args.folder / run.name / "results.json").exists()
 
 
-def check_command(run: Run, args: Args) -> None:
-    """Ends the program where the folder has a run of this name by another command: other budgets, say."""
+def is_another(run: Run, args: Args) -> bool:
+    """Whether the folder has a run of this name by another command: other budgets, say."""
     path, words = ROOT / args.folder / f"{run.name}.command", known_command(run, args)
-    if path.exists() and path.with_name(run.name).exists() and path.read_text() != words:
-        fail(f"{args.folder} has {run.name} by another command; name another --folder")
+    return path.exists() and path.with_name(run.name).exists() and path.read_text() != words
 
 
 def known_command(run: Run, args: Args) -> str:
@@ -338,14 +333,16 @@ class Execution:
         folder, log_path = ROOT / args.folder / run.name, ROOT / args.folder / f"{run.name}.log"
         with open(log_path, "a") as log:
             fcntl.flock(log, fcntl.LOCK_EX)  # the script holds it too: one that still saves is waited for
+            if is_another(run, args):  # of a grid that began together with this one
+                raise RuntimeError(f"{args.folder} has {run.name} by another command")
             if is_done(run, args):
                 return
             words = command(run, args)
-            (ROOT / args.folder / f"{run.name}.command").write_text(known_command(run, args))
             if any(folder.glob("checkpoint_*.safetensors")):
                 words = [*words[:2], "--resume", str(args.folder / run.name)]
             else:  # it ended before its first checkpoint, or has not begun
                 shutil.rmtree(folder, ignore_errors=True)
+                folder.with_name(f"{run.name}.command").write_text(known_command(run, args))
             print("$", shlex.join(words), file=log, flush=True)
             self.script = subprocess.Popen([sys.executable, *words[1:]], cwd=ROOT, env=env | gpus, stdout=log,
                                            stderr=log, preexec_fn=prepare_script)
@@ -397,7 +394,7 @@ def progress(run: Run, args: Args) -> float:
 def last_words(run: Run, args: Args) -> str:
     """The last line of words that a run has printed, a frame around them aside: where it failed, why."""
     path = ROOT / args.folder / f"{run.name}.log"
-    lines = path.read_text().replace("\r", "\n").splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").replace("\r", "\n").splitlines() if path.exists() else []
     lines = [line.strip(" │") for line in lines if re.search(r"\w", line)]
     return lines[-1] if lines else f"it has not begun; see {args.folder / 'jobs'}"
 
@@ -438,11 +435,9 @@ def run_all(runs: list[Run], args: Args) -> dict[Run, str]:
                 if job.done():
                     del running[run]
                     free.append(cores)
-                    if is_done(run, args):
-                        record(run, args)
-                    else:
-                        failed[run] = last_words(run, args)
-                        bar.write(f"failed: {run.name}: {failed[run]}")
+                    if reason := fault(run, args):
+                        failed[run] = reason
+                        bar.write(f"failed: {run.name}: {reason}")
             ready = []
             for run in list(waiting):
                 teacher = made_teacher(run)
@@ -555,6 +550,19 @@ def record(run: Run, args: Args) -> None:
     write_csv(folder / "curves" / f"{run.name}.csv", names, thinned)
 
 
+def fault(run: Run, args: Args) -> str:
+    """Records a run that has ended; returns why that cannot be, or nothing."""
+    if is_another(run, args):
+        return f"{args.folder} has it by another command"
+    if not is_done(run, args):
+        return last_words(run, args)
+    try:
+        record(run, args)
+    except (OSError, ValueError, KeyError, IndexError, csv.Error) as error:
+        return f"its results cannot be recorded: {type(error).__name__}: {error}"
+    return ""
+
+
 def write_csv(path: Path, columns: list[str], table: list[dict[str, Any]]) -> None:
     """Writes a table whole or not at all."""
     text = io.StringIO(newline="")
@@ -574,13 +582,14 @@ def main(args: Args) -> int:
         given = {word.partition("=")[0].replace("_", "-") for word in shlex.split(args.extra)}
     except ValueError as error:
         fail(f"--extra {args.extra}: {error}")
-    if own := sorted(given & OF_THE_GRID):
-        fail(f"--extra cannot change {own[0]}, which the rows of a run go by")
     runs = chosen(args)
     if not runs:
         fail("no run passes these filters")
-    for run in runs:
-        check_command(run, args)
+    told = {word for run in runs for word in command(run, dataclasses.replace(args, extra="")) if word.startswith("--")}
+    if own := sorted(given & (OF_THE_GRID | told - BUDGETS)):
+        fail(f"--extra cannot change {own[0]}, which the rows of a run go by")
+    if others := [run for run in runs if is_another(run, args)]:
+        fail(f"{args.folder} has {others[0].name} by another command; name another --folder")
     if args.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
         for run in runs:
@@ -598,9 +607,7 @@ def main(args: Args) -> int:
         what = "the runs save and end" if args.executor == "local" else "what is in Slurm's queue stays there"
         print(f"interrupted: {what}; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
-    for run in runs:
-        if run not in failed:
-            record(run, args)
+    failed |= {run: reason for run in runs if run not in failed and (reason := fault(run, args))}
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are done, after {(time.time() - began) / 60:.0f} min; "
           f"results: {args.results or args.folder / 'results'}")
     for run, reason in failed.items():

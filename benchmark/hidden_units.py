@@ -84,6 +84,8 @@ def learn(args: Args, env_id: str) -> list[dict[str, float]]:
 
 def main(args: Args) -> dict:
     """Learn all games, print and return the figures."""
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # not only when all is measured
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     about = {"command": " ".join(["python benchmark/hidden_units.py", *sys.argv[1:]]), "seed": args.seed,
              "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "envpool")},

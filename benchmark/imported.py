@@ -122,6 +122,8 @@ def script(*words: str, folder: Path) -> None:
 
 def main(args: Args) -> dict:
     """Train, import and distil; returns what the file has."""
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)  # not only when all is measured
     import torch
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import VecNormalize
@@ -155,7 +157,6 @@ def main(args: Args) -> dict:
         "theirs": summary(theirs), "teacher": teacher, "student": summary(student)}
     print(f"{np.mean(theirs):.1f} ± {np.std(theirs):.1f} by stable-baselines3, {len(theirs)} episodes; files: {folder}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return result
 

@@ -59,6 +59,8 @@ def look(env_id: str, args: Args) -> dict[str, float]:
 
 def main(args: Args) -> dict:
     """Look at all games, print and return the figures."""
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # not only when all is measured
     about = {"command": " ".join(["python benchmark/levels.py", *sys.argv[1:]]), "seed": args.seed,
              "versions": {name: importlib.metadata.version(name) for name in ("envpool", "numpy")}, "levels": {}}
     for env_id in args.env_id:

@@ -46,7 +46,7 @@ class Args:
     learning_rate: float = 3e-4
     """step size of each method"""
     scale: float = 30.0
-    """factor of the teacher's logits"""
+    """gain of the teacher's last layer, in place of 0.01"""
     seed: int = 100
     """seed of teacher and students"""
     json: str | None = None
@@ -75,6 +75,8 @@ def random_teacher(args: Args, path: Path) -> None:
 
 def main(args: Args) -> dict[str, dict[str, float]]:
     """Distil with each method and print the fall of the KL divergence; returns it."""
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # not only when all is measured
     scripts = {"ppd": ppd_atari if args.env_id == "Pong-v5" else ppd_procgen,
                "student-distill": student_distill, "teacher-distill": teacher_distill}
     found = {}

@@ -77,7 +77,8 @@ def load(folder: Path) -> pd.DataFrame:
         tables = [pd.read_csv(folder / f"{suite}.csv") for suite in SUITES if (folder / f"{suite}.csv").exists()]
     except ValueError as error:  # pandas' own are of this kind
         fail(f"{folder} has a table that cannot be read: {error}")
-    if not tables or any("experiment" not in table for table in tables):
+    needed = {"experiment", "suite", "task", "method", "size", "seed", "distill_coef", "teacher_mean", "student_mean"}
+    if not tables or any(needed - {*table} for table in tables):
         names = ", ".join(f"{suite}.csv" for suite in SUITES)
         fail(f"{folder} has no table of the grid ({names}), or one that is of something else")
     runs = pd.concat(tables, ignore_index=True)
@@ -85,10 +86,10 @@ def load(folder: Path) -> pd.DataFrame:
     shared = runs.experiment.isin(["beyond", "several"]) & (runs.suite != "gymnax") | (runs.method == "ppd-prior")
     own = runs[~shared]
     apart = own.experiment.str.extract("^(beyond|adaptive|short-|cpu-)")[0].fillna("")  # groups of their own
-    for (_, task, seed, _), means in own.groupby(["suite", "task", "seed", apart]).teacher_mean:
-        if means.max() - means.min() > 0.01 * means.abs().max():
+    for (_, task, seed, _), found in own.groupby(["suite", "task", "seed", apart]).teacher_mean:
+        if found.max() - found.min() > 0.01 * found.abs().max():
             print(f"note: {task}, seed {seed}: rows of different teachers or machines, whose returns are "
-                  f"{means.min():.1f} to {means.max():.1f}", file=sys.stderr)
+                  f"{number(found.min())} to {number(found.max())}", file=sys.stderr)
     studied = runs.loc[runs.experiment == "lambda", ["suite", "task"]].drop_duplicates()
     ones = runs[(runs.experiment == "methods") & (runs.method == "ppd") & (runs["size"] == "larger")].merge(studied)
     others = [table for table in (ones.assign(experiment="lambda"), references(folder)) if len(table)]
@@ -99,17 +100,19 @@ def references(folder: Path) -> pd.DataFrame:
     """Read what benchmark/reference.py left in {task}__{size}__{seed}.json: rows like the grid's, of "reference"."""
     rows = []
     for path in sorted((folder / "reference").glob("*.json")):
-        found = json.loads(path.read_text())
-        standard = path.stem == f"{found['env_id']}__{found['student_size']}__{found['seed']}"
-        own = found["teacher_file"] == f"{found['env_id']}__{found['seed']}.safetensors"
-        if not (standard and own) or re.search("--(distill-coef|total-timesteps|eval-episodes)", found["command"]):
-            continue
-        row = {"experiment": "reference", "suite": "mujoco", "task": found["env_id"], "method": "ppd"}
-        row |= {"size": found["student_size"], "seed": found["seed"], "command": found["command"]}
-        row |= {"steps": found["steps"], "episodes": len(found["student"]["returns"])}
-        for player in ("teacher", "student"):
-            row |= {f"{player}_mean": found[player]["mean"], f"{player}_std": found[player]["std"]}
-        rows.append(row)
+        try:
+            found = json.loads(path.read_text())
+            row = {"experiment": "reference", "suite": "mujoco", "task": found["env_id"], "method": "ppd"}
+            row |= {"size": found["student_size"], "seed": found["seed"], "command": found["command"]}
+            row |= {"steps": found["steps"], "episodes": len(found["student"]["returns"])}
+            for player in ("teacher", "student"):
+                row |= {f"{player}_mean": found[player]["mean"], f"{player}_std": found[player]["std"]}
+            own = found["teacher_file"] == f"{row['task']}__{row['seed']}.safetensors"
+        except (ValueError, TypeError, KeyError) as error:
+            fail(f"{path} is no file of benchmark/reference.py: {type(error).__name__} {error}")
+        standard = path.stem == f"{row['task']}__{row['size']}__{row['seed']}"
+        if standard and own and not re.search("--(distill-coef|total-timesteps|eval-episodes)", row["command"]):
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -368,9 +371,9 @@ def imperfect_table(runs: pd.DataFrame, suite: str, statistic: str, split: str =
         taught = pd.concat(parts.values()).drop_duplicates(["task", "seed"])
         corrupted = aggregate(taught, "corrupted_teacher", split)
         cells = {name: aggregate(rows, split=split) for name, rows in parts.items()}
-        number = 8 if split else 2 if task == "all" else 6
+        of_paper = 8 if split else 2 if task == "all" else 6
         known = "atari" if suite == "gymnax" and task == "all" else suite
-        paper = [paper_value(number, known, *x, env=paper_name(task), split=split) for x in
+        paper = [paper_value(of_paper, known, *x, env=paper_name(task), split=split) for x in
                  (("teacher", "corrupted"), *(("larger", name) for name in METHODS.values()))]
         table.append([task, corrupted[statistic], *(cell[statistic] for cell in cells.values()), number_of_runs(cells),
                       ", ".join(filter(None, paper))])
@@ -560,7 +563,8 @@ def adaptive_table(runs: pd.DataFrame, suite: str) -> str:
     The geometric means are over the tasks and seeds that all lines have.
     """
     runs = runs[(runs.experiment == "adaptive") & (runs.suite == suite)]
-    lines = {"the corrupted teacher": runs.drop_duplicates(["task", "seed"])}
+    corrupted = "the corrupted teacher"
+    lines = {corrupted: runs.drop_duplicates(["task", "seed"])}
     for method, what in (("ppd", "λ = {:g}"), ("ppd-decay", "λ falls with the return, from {:g}")):
         for value, rows in runs[runs.method == method].groupby("distill_coef"):
             lines[what.format(value)] = rows
@@ -568,7 +572,7 @@ def adaptive_table(runs: pd.DataFrame, suite: str) -> str:
         lines["a population of these λ"] = runs[runs.method == "ppd-pbt"]
     tasks, table = sorted(runs.task.unique()), []
     for (label, rows), common in zip(lines.items(), comparable(lines).values(), strict=True):
-        player = "student" if table else "corrupted_teacher"
+        player = "corrupted_teacher" if label == corrupted else "student"
         each = (interval_cell(fractions_of(rows, task, player)) for task in tasks)
         table.append([label, *each, aggregate(common, player)["geometric"]])
     return markdown(["", *tasks, "geometric mean"], table)
@@ -600,9 +604,8 @@ def panels(count: int, ylabel: str) -> tuple:
     columns = min(2 if count <= 4 else 3, count)
     lines = -(-count // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(PAGE, 2.0 * lines + 0.7), squeeze=False, layout="constrained")
-    for number, axis in enumerate(axes.flat):
-        axis.set(xlabel="environment steps" if number + columns >= count else "",
-                 ylabel=ylabel if number % columns == 0 else "")
+    for i, axis in enumerate(axes.flat):
+        axis.set(xlabel="environment steps" if i + columns >= count else "", ylabel=ylabel if i % columns == 0 else "")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axis in axes.flat[count:]:
         axis.axis("off")

@@ -62,6 +62,8 @@ def distil(args: Args, seed: int, folder: Path, stop_at: int | None) -> dict:
 
 def main(args: Args) -> dict:
     """Runs all of it and prints the ratios; returns what the file has."""
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # not only when all is measured
     found: dict = {"unbroken": [], "resumed": []}
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
@@ -87,7 +89,6 @@ def main(args: Args) -> dict:
              "timesteps": args.timesteps, "versions": result["versions"]}
     about |= {"resume": found, "means": means, "spread": spread, "differences": differences}
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(about, indent=2) + "\n")
     return about
 

@@ -107,13 +107,13 @@ def measure_limit(case: Case) -> dict[str, float]:
     actions = (rng.uniform(space.low, space.high, (64, NUM_ENVS, *space.shape)) if space.shape
                else rng.integers(0, space.n, (64, NUM_ENVS)).astype(np.int32))
     envs.reset()
-    steps, began = -64, time.perf_counter()
-    while steps < 64 or time.perf_counter() - began < 2.0:
+    for action in actions:  # to warm up
+        envs.step(action)
+    steps, began = 0, time.perf_counter()
+    while steps == 0 or time.perf_counter() - began < 2.0:
         for action in actions:
             envs.step(action)
         steps += 64
-        if steps == 0:
-            began = time.perf_counter()
     environment = steps * NUM_ENVS / (time.perf_counter() - began)
 
     x = jnp.asarray(rng.normal(size=(2048, 2048)), jnp.float32)
@@ -136,7 +136,8 @@ def measure_limit(case: Case) -> dict[str, float]:
     policy, value = operations(m.Policy(network, dim), rows), operations(m.Value(network), rows)
     teacher = operations(m.Policy(taught, dim), rows) if case.script != "train_teacher" else 0.0
     if case.script.endswith("distill"):
-        each = policy + teacher + operations(m.Value(taught), rows) + 3 * (policy + value)
+        actor = teacher if case.script == "teacher_distill" else policy
+        each = actor + teacher + operations(m.Value(taught), rows) + 3 * (policy + value)
     else:
         each = 2 * policy + value * 65 / 64 + teacher + 4 * 3 * (policy + value)
     return {"environment": environment, "products": products, "operations": each,
@@ -314,12 +315,15 @@ def run(args: Args, what: str, name: str) -> dict[str, float]:
     words = [python, __file__, what, name, str(args.longer), *([args.reference] if what == "reference" else [])]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"error: {what} of {name} failed: {done.stderr.strip().splitlines()[-1]}")
+        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise SystemExit(f"error: {what} of {name} failed: {last}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main(args: Args) -> dict[str, dict[str, float]]:
     """Measure all cases in turn, round by round; print and return the medians."""
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # not only when all is measured
     kinds = ["limit", "script"] + ["reference"] * (args.reference is not None)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in args.case}
     for _ in range(args.rounds):

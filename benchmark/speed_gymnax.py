@@ -133,6 +133,8 @@ def measure(args: Args, env_id: str, num_seeds: int) -> dict[str, float]:
 
 def main(args: Args) -> dict[str, dict[str, float]]:
     """Measures all tasks and numbers of seeds; prints and returns the medians."""
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # not only when all is measured
     m.choose_device(args.device)
     found = {f"{env_id}, {seeds} seed{'s' * (seeds > 1)}": measure(args, env_id, seeds)
              for env_id in args.env_id for seeds in args.num_seeds}

@@ -4,8 +4,9 @@
 
 A smaller student learns from the shipped teacher with the script's defaults. After so many updates the gradient of
 KL(teacher || student) max(r, 1-ε) in the policy's parameters is taken over minibatches of a rollout's states, each time
-with actions that the policy draws anew: r is 1, and both gradients have one mean over the actions. Signal: norm of the
-mean over all minibatches. Noise: root of the mean squared distance of a minibatch's gradient from that mean.
+with actions that the policy draws anew: r is 1, and both gradients have one mean over the actions. Noise: root of
+the mean squared distance of a minibatch's gradient from the mean over all minibatches. Signal: norm of that mean,
+less the noise that is left in it.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,10 +32,10 @@ class Args:
 
     env_id: str = "Humanoid-v4"
     """task, of which a teacher is shipped"""
-    student_size: str = "smaller"
+    student_size: Literal["smaller", "same", "larger"] = "smaller"
     """size of the student"""
-    distill_weight: str = "ratio"
-    """with which the student learns: ratio or detached"""
+    distill_weight: Literal["ratio", "detached"] = "ratio"
+    """with which the student learns"""
     updates: tuple[int, ...] = (0, 100, 300)
     """after how many updates the noise is measured"""
     seed: int = 100
@@ -44,6 +46,8 @@ class Args:
 
 def main(args: Args) -> dict:
     """Learn, measure on the way, print and return the figures."""
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # not only when all is measured
     about = {"command": " ".join(["python benchmark/variance.py", *sys.argv[1:]]), "env_id": args.env_id,
              "student_size": args.student_size, "distill_weight": args.distill_weight, "seed": args.seed}
     teacher = m.load_teacher(m.Args(env_id=args.env_id))
@@ -66,7 +70,6 @@ def main(args: Args) -> dict:
             state, _ = m.update(flags, networks, teacher.params, state._replace(key=key), rollout, flags.distill_coef)
     about["variance"] = found
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(about, indent=2) + "\n")
     return about
 
@@ -103,8 +106,9 @@ def measure(flags: m.Args, networks: m.Networks, teacher: dict, params: dict, ro
     result = {"kl": float(np.mean(kls))}
     for weight, found in rows.items():
         mean = np.mean(found, axis=0)
-        noise = np.sqrt(np.mean([((each - mean) ** 2).sum() for each in found]))
-        result[weight] = {"signal": float(np.linalg.norm(mean)), "noise": float(noise)}
+        noise = np.mean([((each - mean) ** 2).sum() for each in found])
+        signal = (mean**2).sum() - noise / (len(found) - 1)  # an unbiased estimate of the square
+        result[weight] = {"signal": max(0.0, float(signal)) ** 0.5, "noise": float(noise) ** 0.5}
     return result
 
 

@@ -358,9 +358,12 @@ def test_a_heading_names_the_floor_where_a_fraction_has_counted_as_it():
         assert found == "geometric mean; a fraction below 0.01 counts as 0.01"
 
 
-@pytest.mark.parametrize("content", ["", "a,b\n1,2\n"])
-def test_tables_of_something_else_are_refused(content, tmp_path, capsys):
-    (tmp_path / "mujoco.csv").write_text(content)
+@pytest.mark.parametrize(("name", "content"), [("mujoco.csv", ""), ("mujoco.csv", "a,b\n1,2\n"), ("mujoco.csv", "experiment,suite\nmethods,mujoco\n"),
+                                              ("reference/x.json", "{"), ("reference/x.json", '{"env_id": 5}'), ("reference/x.json", "[]")])
+def test_tables_of_something_else_are_refused(name, content, tmp_path, capsys):
+    made_up(tmp_path)
+    (tmp_path / "reference").mkdir()
+    (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as ended:
         report.main(report.Args(results=tmp_path))
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
@@ -407,7 +410,8 @@ def test_a_row_of_another_lambda_takes_its_place_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [{"extra": '"'}, {"folder": ROOT / "README.md"}, {"results": ROOT / "README.md", "miniature": True},
-                                   {"extra": "--gamma 0.9 --seed=7"}, {"extra": "--student_size same"}])
+                                   {"extra": "--gamma 0.9 --seed=7"}, {"extra": "--student_size same"},
+                                   {"extra": "--distill-coef 3", "experiment": ("lambda",)}, {"extra": "--learning-rate 1", "experiment": ("rate-0.001",)}])
 def test_flags_of_the_grid_that_cannot_be(flags, capsys):
     with pytest.raises(SystemExit) as ended:
         grid.main(grid.Args(**flags))
@@ -419,14 +423,36 @@ def test_what_a_failed_run_said_is_its_last_words(tmp_path):
     assert "has not begun" in grid.last_words(run, args)
     (tmp_path / f"{run.name}.log").write_text("$ python\n╭─ Parsing error ─╮\n│ Unrecognized options: --bogus │\n╰───────╯\n")
     assert grid.last_words(run, args) == "Unrecognized options: --bogus"
+    (tmp_path / f"{run.name}.log").write_bytes(b"No space left\n\xe2\x96")
+    assert grid.fault(run, args) == "No space left"
+
+
+@pytest.mark.parametrize("broken", ["results.json", "progress.csv", "../results/gymnax.csv"])
+def test_results_that_cannot_be_recorded_are_a_fault_of_that_run(broken, tmp_path, monkeypatch):
+    run, args = grid.Run("teachers", "gymnax", "Breakout-MinAtar", "ppo", "same", 100), grid.Args(folder=tmp_path)
+    (tmp_path / run.name).mkdir()
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(grid, "rows", lambda *_: json.loads((tmp_path / run.name / "results.json").read_text()))
+    (tmp_path / run.name / "results.json").write_text("[{}]")
+    (tmp_path / run.name / "progress.csv").write_text("global_step,charts/episodic_return\n1,2.0\n")
+    assert grid.fault(run, args) == ""
+    (tmp_path / run.name / broken).write_text("half a file")
+    if broken != "results.json":
+        (tmp_path / run.name / broken).write_text("global_step\n" + "3\n" * (broken != "progress.csv"))
+    assert grid.fault(run, args).startswith("its results cannot be recorded: ")
 
 
 def test_a_folder_of_other_commands_is_refused(tmp_path, capsys):
     run, args = grid.Run("teachers", "gymnax", "Breakout-MinAtar", "ppo", "same", 100), grid.Args(folder=tmp_path)
     (tmp_path / f"{run.name}.command").write_text(grid.known_command(run, args))
-    grid.check_command(run, grid.Args(folder=tmp_path, extra="--gamma 0.9"))  # it never began
+    other = grid.Args(folder=tmp_path, extra="--gamma 0.9")
+    assert not grid.is_another(run, other)  # it never began
     (tmp_path / run.name).mkdir()
-    grid.check_command(run, grid.Args(folder=tmp_path / "."))
+    assert grid.is_another(run, other) and not grid.is_another(run, grid.Args(folder=tmp_path / "."))
+    (tmp_path / run.name / "results.json").touch()
+    with pytest.raises(RuntimeError, match="by another command"):  # begun by a grid beside this one
+        grid.Execution()(run, other, None, os.getpid(), {})
+    assert "by another command" in grid.fault(run, other)
     for args in (grid.Args(folder=tmp_path, miniature=True), grid.Args(folder=tmp_path, extra="--gamma 0.9")):
         with pytest.raises(SystemExit):
             grid.main(dataclasses.replace(args, suite=("gymnax",), experiment=("teachers",), task=("Breakout-MinAtar",)))

@@ -404,13 +404,24 @@ def test_cleanrl(cleanrl, tmp_path, capsys):
     assert ppd_atari.load_teacher(ppd_atari.Args(teacher=out)).policy.network.hidden == (512,)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_weights_of_another_type(dtype, cleanrl, tmp_path):
+    """They are float32 in the model file, which no script would take else."""
+    _, features, heads = cleanrl
+    (tmp_path / "x").write_bytes(flax.serialization.to_bytes([{}, jax.tree.map(lambda x: np.asarray(x, dtype), [features, *heads])]))
+    agent = import_teacher.read_agent(str(tmp_path / "x"), [4, 84, 84])
+    assert {x.dtype for x in jax.tree.leaves((agent.policy, agent.value))} == {np.dtype(np.float32)}
+
+
 def test_files_that_are_no_cleanrl_model(cleanrl, tmp_path, capsys):
     content, features, heads = cleanrl
     path = tmp_path / "ppo.cleanrl_model"
     dqn = flax.serialization.to_bytes(features)
     deep = flax.serialization.to_bytes([{}, [{"params": features["params"] | {"Dense_1": features["params"]["Dense_0"]}}, *heads]])
     small = flax.serialization.to_bytes([{}, [{"params": features["params"] | {"Conv_0": features["params"]["Conv_1"]}}, *heads]])
-    for wrong in (b"", content[:5000], content[:-1], b"\xc1" * 100, dqn, deep, small, flax.serialization.to_bytes([1, 2]), b"\x93\x01\x02\x03"):
+    column = jax.tree.map(lambda x: x[:, None] if x.ndim == 1 else x, heads)
+    matrix = flax.serialization.to_bytes([{}, [features, *column]])
+    for wrong in (b"", content[:5000], content[:-1], b"\xc1" * 100, dqn, deep, small, matrix, flax.serialization.to_bytes([1, 2]), b"\x93\x01\x02\x03"):
         path.write_bytes(wrong)
         assert "is no agent of stable-baselines3 or CleanRL for Pong-v5" in refusal(capsys, path, "Pong-v5", folder=tmp_path)
     path.write_bytes(content)
