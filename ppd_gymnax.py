@@ -660,9 +660,9 @@ def learn_ppd(
     outputs = networks.policy.apply(state.params["policy"], observations)
     log_probs = distribution(outputs).log_prob(rollout.actions)
     if teacher is None:
-        distill_coef = None  # PPO; the policy of the rollout stands in for its teacher, and XLA drops what is unused
+        teacher_outputs, distill_coef = outputs, None  # PPO, whose loss reads neither
     else:
-        outputs = teach(args, networks, teacher, observations)  # PPD: once a rollout, for all epochs
+        teacher_outputs = teach(args, networks, teacher, observations)  # PPD: once a rollout, for all epochs
 
     dones = jnp.maximum(rollout.terminations, rollout.truncations)
     gae = partial(compute_gae, terminations=rollout.terminations, truncations=rollout.truncations, gamma=args.gamma,
@@ -682,7 +682,7 @@ def learn_ppd(
         advantages += args.distill_future_coef * distill_coef * ahead
         future /= horizon
 
-    batch = Batch(observations, rollout.actions, log_probs, advantages, returns, outputs, future)
+    batch = Batch(observations, rollout.actions, log_probs, advantages, returns, teacher_outputs, future)
     batch = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), batch)
 
     def train_minibatch(carry, indices):
