@@ -532,8 +532,8 @@ def lambda_table(runs: pd.DataFrame, suite: str) -> str:
 def beyond_table(runs: pd.DataFrame, suite: str) -> str:
     """Return PPD with a changed term: fraction of the teacher's return, mean and half its 95% interval over seeds.
 
-    The interval is by t. The last line of each size is the geometric mean over tasks. A cell rests on as many seeds as
-    its variant has.
+    The interval is by t. The last line of each size is the geometric mean over its tasks, if several. A cell rests
+    on as many seeds as its variant has.
     """
     runs = runs[(runs.experiment == "beyond") & (runs.suite == suite)]
     names, table = [name for name in VARIANTS if name in set(runs.method)], []
@@ -541,7 +541,9 @@ def beyond_table(runs: pd.DataFrame, suite: str) -> str:
         parts = {name: rows[rows.method == name] for name in names}
         for task in sorted(rows.task.unique()):
             table.append([size, task, *(interval_cell(fractions_of(each, task)) for each in parts.values())])
-        table.append([size, "geometric mean", *(aggregate(each)["geometric"] for each in comparable(parts).values())])
+        if rows.task.nunique() > 1:
+            cells = (aggregate(each)["geometric"] for each in comparable(parts).values())
+            table.append([size, "geometric mean", *cells])
     return markdown(["students", "task", *(VARIANTS[name] for name in names)], table)
 
 

@@ -163,6 +163,7 @@ def test_the_table_beyond_the_paper_by_hand():
     assert lines[0] == "| students | task | the paper's | detached |"
     assert lines[2:4] == [f"| smaller | A | 0.60 ± {half:.2f} | 0.90 ± 0.00 |", "| smaller | B | 0.40 ± 0.00 |  |"]
     assert lines[4].startswith("| smaller | geometric mean | 0.59 [0.") and lines[4].endswith(" | 0.90 [0.90, 0.90] |")
+    assert report.beyond_table(runs[runs.task == "A"], "mujoco").splitlines()[2:] == lines[2:3]  # one task has no mean over tasks
 
 
 def test_the_tables_of_several_teachers_and_of_priors_by_hand():
