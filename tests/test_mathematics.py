@@ -110,8 +110,8 @@ def test_standardized_advantages_ignore_phantoms():
 
 @pytest.mark.parametrize("m", STATES, ids=by_name)
 def test_normalized_observations_are_clipped(m):
-    stats = m.Stats(jnp.array([1.0, 0.0]), jnp.array([4.0, 1.0]), jnp.float32(9.0))
-    np.testing.assert_allclose(m.normalize(jnp.array([5.0, -1e9]), stats), [2.0, -10.0], rtol=1e-6)
+    stats = m.Stats(jnp.array([1.0, 0.0, 0.0]), jnp.array([4.0, 1.0, 1.0]), jnp.float32(9.0))
+    np.testing.assert_allclose(m.normalize(jnp.array([5.0, -1e9, 1e9]), stats), [2.0, -10.0, 10.0], rtol=1e-6)
 
 
 def gaussian(rng, dims=4):

@@ -30,6 +30,7 @@ import pytest
 import yaml
 from conftest import (
     EVERYWHERE,
+    PPD,
     ROOT,
     RUNS,
     checkpoints,
@@ -257,16 +258,22 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path, tiny_teacher):
 @pytest.mark.parametrize(("m", "env_id"), SCRIPTS)
 def test_a_signal_saves_and_the_run_goes_on(m, env_id, tmp_path, teachers, monkeypatch, capsys):
     """A first one in the second of four updates, a second one in the evaluation."""
-    folder, starts, update, assess = tmp_path / "run", [], m.update, m.assess
+    folder, starts, seeds = tmp_path / "run", [], []
+    update, assess, make_envs, start = m.update, m.assess, m.make_envs, m.start
     number = signal.SIGINT if m in (train_teacher, ppd_atari, teacher_distill) else signal.SIGTERM
     args = small(m, env_id, folder, **flags_of(m, env_id, teachers))
     batch = args.num_envs * args.num_steps
 
     def watched(*args):
-        starts.append(np.array(getattr(state_of(m, args), "discounted", 0.0)))
+        starts.append(jax.tree.map(np.array, state_of(m, args)))
         if len(starts) == 2:
             os.kill(os.getpid(), number)
-        return update(*args)
+        return update(*(x._replace(rewards=np.ones_like(x.rewards)) if isinstance(x, m.Rollout) else x for x in args))
+
+    def begin_games(envs):
+        cursor = start(envs)
+        cursor.finished.extend([] if starts else [0.25])  # a game that the first life finished
+        return cursor
 
     def interrupted(begin):
         with pytest.raises(SystemExit) as stopped:
@@ -275,6 +282,8 @@ def test_a_signal_saves_and_the_run_goes_on(m, env_id, tmp_path, teachers, monke
         assert f"\ninterrupted; go on with: python {m.__name__}.py --resume {folder}\n" in capsys.readouterr().err
 
     monkeypatch.setattr(m, "update", watched)
+    monkeypatch.setattr(m, "start", begin_games)
+    monkeypatch.setattr(m, "make_envs", lambda env_id, n, seed, *rest, **flags: seeds.append(seed) or make_envs(env_id, n, seed, *rest, **flags))
     monkeypatch.setattr(sys, "argv", ["x.py", "--as", "typed"])
     interrupted(lambda: m.main(dataclasses.replace(args, total_timesteps=4 * batch)))
     monkeypatch.setattr(sys, "argv", ["x.py", "--resume"])
@@ -286,9 +295,15 @@ def test_a_signal_saves_and_the_run_goes_on(m, env_id, tmp_path, teachers, monke
     monkeypatch.setattr(m, "assess", lambda *args: os.kill(os.getpid(), number) or time.sleep(1))
     interrupted(lambda: go_on(m, folder))
     assert steps(folder) == before + ([4 * batch] if m in BASELINES else [3 * batch, 4 * batch])
+    reset = {} if m in BASELINES else {"discounted": None}
+    for where, x in jax.tree_util.tree_leaves_with_path(starts[2]._replace(key=None, **reset)):
+        np.testing.assert_array_equal(x, arrays["state/" + jax.tree_util.keystr(where, simple=True, separator="/")])
+    np.testing.assert_array_equal(starts[2].key, jax.random.split(arrays["state/key"])[0])
+    assert not np.array_equal(starts[2].key, starts[1].key)
+    assert seeds == [100, 100 + 2 * 4] and m.load_checkpoint(folder)[0]["finished"][0] == done["finished"][0] == 0.25
     if m not in BASELINES:
-        assert arrays["state/discounted"].any() == starts[3].any() == (env_id == "Hopper-v4")  # which pays for every step
-        assert not starts[2].any()  # the episodes it was of are gone with the simulator
+        assert arrays["state/discounted"].any() and starts[3].discounted.any()
+        assert not starts[2].discounted.any()  # the episodes it was of are gone with the simulator
     # The update that compiles anew says nothing of the speed
     assert float(rows(folder)[len(before)]["charts/SPS"]) == pytest.approx(done["logged"]["SPS"])
 
@@ -315,7 +330,7 @@ def test_a_run_can_be_extended(m, whole, finished, tmp_path, monkeypatch):
     first_call(monkeypatch, m, "collect", lambda: go_on(m, folder, "--total-timesteps", more))
     go_on(m, folder)
     assert steps(folder) == (list(range(400, 1001, 400)) + [1000, 1200, 1600] if m in BASELINES else list(range(64, more + 1, 64)))
-    assert without_timing(folder)[:len(before)] == before or not whole
+    assert without_timing(folder)[:len(before)] == before
     assert m.load_checkpoint(folder)[0]["updates"] * size == more
     assert json.loads((folder / "results.json").read_text())["args"]["total_timesteps"] == more
     assert json.loads((folder / "args.json").read_text())["total_timesteps"] == more
@@ -533,14 +548,19 @@ def test_imperfect_teachers_everywhere(m, env_id, tmp_path, teachers, monkeypatc
         players.append(first(player["policy"]))
         return nothing()
 
+    acting, collect = [], m.collect
+    monkeypatch.setattr(m, "collect", lambda envs, cursor, policy_step, *rest: acting.append(policy_step) or collect(envs, cursor, policy_step, *rest))
     monkeypatch.setattr(m, "update", update)
     monkeypatch.setattr(m, "assess", assess)
     for seed in (0, 1):
         flags = {"teacher_noise_std": 0.05, "teacher_noise_seed": seed, "total_timesteps": 1}
         numbers = m.main(small(m, env_id, tmp_path / f"run{seed}", **flags_of(m, env_id, teachers), **flags))
         assert {"student", "teacher", "corrupted_teacher"} <= set(numbers)
-    assert np.array_equal(players[1], players[4])  # the original
+    original = first({name: x for name, x in m.read_file(teachers(env_id))[1].items() if name.startswith("policy/")})
+    assert np.array_equal(players[1], original) and np.array_equal(players[4], original)
     assert np.array_equal(players[2], taught[0]) and np.array_equal(players[5], taught[1])
+    if m is teacher_distill:  # who acts is who teaches
+        assert all(np.array_equal(first(act.args[2]), noisy) for act, noisy in zip(acting, taught, strict=True))
     assert not np.array_equal(players[2], players[1]) and not np.array_equal(players[2], players[5])
 
 
@@ -566,13 +586,16 @@ def test_evaluation_counts_the_first_episode_of_each_environment(m, env_id, teac
 
 
 def test_evaluation_says_how_many_games_differ(monkeypatch):
-    """Four environments of which the first and the last see the same; what comes after an episode's end does not count."""
+    """Four environments of which the first and the last see the same; what comes after an episode's end does not count.
+
+    The third goes on for longer than the others, which see something, and get rewards, meanwhile.
+    """
     ended = []
     monkeypatch.setattr(ppd_mujoco, "trange", lambda total, **_: SimpleNamespace(update=ended.append, close=lambda: ended.append(total)))
 
     class Envs:
         action_space = SimpleNamespace(low=-1.0, high=1.0, dtype=np.float32)
-        seen = np.array([[0, 1, 2, 0], [5, 5, 5, 5], [6, 6, 7, 8]], np.float32)[..., None]
+        seen = np.array([[0, 1, 2, 0], [5, 5, 5, 5], [6, 6, 7, 8], [9, 9, 9, 9]], np.float32)[..., None]
 
         def reset(self):
             self.t = 0
@@ -580,15 +603,15 @@ def test_evaluation_says_how_many_games_differ(monkeypatch):
 
         def step(self, actions):
             self.t += 1
-            ends = np.array([self.t == 2, self.t == 2, self.t == 2, self.t == 2])
+            ends = np.array([self.t == 2, self.t == 2, self.t == 3, self.t == 2])
             return self.seen[self.t], np.ones(4, np.float32), ends, np.zeros(4, bool), {}
 
         def close(self):
             pass
 
     found = ppd_mujoco.evaluate(Envs(), lambda x, t: np.zeros((4, 1), np.float32))
-    assert found == {"mean": 2.0, "std": 0.0, "games": 3, "returns": [2.0] * 4}
-    assert ended == [0, 4, 4]  # the bar of a terminal
+    assert found == {"mean": 2.25, "std": pytest.approx(0.1875**0.5), "games": 3, "returns": [2.0, 2.0, 3.0, 2.0]}
+    assert ended == [0, 3, 1, 4]  # the bar of a terminal
 
 
 def test_envpool_gives_phantoms_and_collect_marks_them():
@@ -648,6 +671,26 @@ def test_evaluation_on_atari_never_ends_with_a_life(m):
         if terminations.any():
             break
     assert lost and terminations.any()
+
+
+@pytest.mark.parametrize(("m", "env_id"), [*PPD, *on(train_teacher, *EVERYWHERE), *on(evaluate, *EVERYWHERE)])
+def test_what_an_evaluation_plays(m, env_id, monkeypatch):
+    """Games of seeds that training does not have; on Procgen unseen levels, apart from them those of training, and sampled actions."""
+    made, mode, procgen = [], variant(env_id), env_id == "CoinrunEasy-v0"
+    monkeypatch.setattr(m, "make_envs", lambda *args: made.append(args) or args)
+    monkeypatch.setattr(m, "evaluate", lambda envs, policy_step: {"mean": 1.0, "envs": envs, "acts": policy_step(None, 0)})
+    for name in ("act_deterministic", "act_sampled"):
+        monkeypatch.setattr(m, name, lambda *args, name=name: name, raising=False)
+    params = {"policy": None, "obs_stats": None}
+    if m is evaluate:
+        found = m.assess({"env_id": env_id, "suite": m.suite_of(env_id), "variant": mode}, None, params, 5, 7)
+    else:
+        found = m.assess(m.Args(env_id=env_id, seed=7, eval_episodes=5), mode, None, params)
+    splits = {ppd_mujoco: [()], ppd_atari: [()], ppd_procgen: [(True,), (False,)]}.get(m, [("evaluation",), ("train_levels",)])
+    expected = [(env_id, 5, 10**9 + 7, mode, *split) for split in splits[:1 + procgen]]
+    played = [found, found["train_levels"]] if procgen else [found]
+    assert made == expected == [each["envs"] for each in played]
+    assert {each["acts"] for each in played} == {"act_sampled" if procgen else "act_deterministic"}
 
 
 @needs_procgen
