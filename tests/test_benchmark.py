@@ -152,6 +152,18 @@ def test_a_row_has_one_lambda(method, coef, tmp_path):
     assert [row[f"teacher_train_{kind}"] for kind in ("mean", "std", "games")] == [4.0, 1.0, 3]
 
 
+def test_rows_of_gymnax_are_of_their_seed_and_lambda(tmp_path):
+    run, args = grid.Run("lambda", "gymnax", "Breakout-MinAtar", "ppd", "larger", 100), grid.Args(folder=tmp_path)
+    (tmp_path / run.name).mkdir()
+    players = {"teacher": 1.0, "student_0.5": 10.0, "student_2": 20.0}
+    (tmp_path / run.name / "results.json").write_text(json.dumps({
+        "args": {"total_timesteps": 9, "eval_episodes": 2, "distill_coef": [0.5, 2.0], "seed": 100, "num_seeds": 3}, "seconds": 1.0,
+        "student_SPS": 7.0, "command": "", "versions": {},
+        "results": {name: {"returns": [[mean + i - 1, mean + i + 1] for i in range(3)]} for name, mean in players.items()}}))
+    found = [tuple(row[name] for name in ("distill_coef", "seed", "teacher_mean", "student_mean", "student_std")) for row in grid.rows(run, args)]
+    assert found == [(coef, 100 + i, 1.0 + i, mean + i, 1.0) for coef, mean in ((0.5, 10.0), (2.0, 20.0)) for i in range(3)]
+
+
 def test_the_table_beyond_the_paper_by_hand():
     """Three seeds of two tasks with teachers of return 100; one variant lacks a task, which its mean then leaves out for all."""
     values = {("ppd", "A"): (50, 60, 70), ("ppd", "B"): (40, 40, 40), ("ppd-detached", "A"): (90, 90, 90)}

@@ -380,7 +380,7 @@ def test_no_seed_reaches_2_to_the_31(m, env_id, tmp_path, monkeypatch):
         m.assess(args, variant, *[None] * (m.assess.__code__.co_argcount - 2))
     folder.mkdir()
     m.save_file(folder / "checkpoint_000000000000.safetensors", {
-        "script": m.__name__, "command": "", "args": vars(args) | {"run_dir": None}, "updates": 10**9 // 4, "finished": [], "teacher": {},
+        "script": m.__name__, "command": "", "args": vars(args) | {"run_dir": None}, "updates": 10**9, "finished": [], "teacher": {},
         "logged": m.BEGIN}, {})
     with pytest.raises(Made):
         go_on(m, folder)

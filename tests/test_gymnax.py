@@ -245,6 +245,10 @@ def test_several_lambdas_in_one_run_are_those_runs(tmp_path):
     np.testing.assert_allclose(numbers(chosen), numbers(alone), rtol=1e-3, atol=1e-4)
     files = {path.name for path in (tmp_path / "study").glob("student*")}
     assert files == {f"student_{coef}_{seed}.safetensors" for coef in ("0.5", "4") for seed in (100, 101)}
+    for seed in (100, 101):
+        ours, theirs = (m.read_file(tmp_path / name)[1] for name in (f"study/student_4_{seed}.safetensors", f"alone/student_{seed}.safetensors"))
+        for name, x in theirs.items():
+            np.testing.assert_allclose(ours[name], x, rtol=1e-3, atol=1e-4)
 
 
 def test_lambda_is_linear_over_the_run():
@@ -286,6 +290,8 @@ def test_the_worst_of_a_population_goes_on_from_the_best():
     networks = m.make_networks(args.env_id, args.network)
     states = [m.init_state(args, networks, i)._replace(distill_coef=jnp.float32(c), recent=jnp.float32(r), fresh=jnp.bool_(i == 4))
               for i, c, r in zip(range(6), (0.5, 0.5, 1.0, 1.0, 2.0, 2.0), (3.0, 7.0, 9.0, 7.0, 5.0, 7.0), strict=True)]
+    states = [state._replace(**{name: jax.tree.map(lambda x, i=i: x + i, getattr(state, name))  # in which all begin alike
+                                for name in ("opt_state", "obs_stats", "return_stats", "discounted")}) for i, state in enumerate(states)]
     before = jax.device_get(m.stack(states))
     after = m.exploit(args, before, 3)
     of_first = [2, 1, 2, 3, 4, 5]  # the first seed's λ = 0.5 goes on from its λ = 1; the other seed's are all alike
@@ -522,6 +528,23 @@ def test_actions_are_samples_of_the_policy():
     params["params"]["Dense_1"]["bias"] = jnp.array([2.0, 0.0])
     actions = act(args, networks.policy, params, state.obs_stats, state.world, state.key)[1].actions
     assert float((actions == 0).mean()) == pytest.approx(1 / (1 + np.exp(-2.0)), abs=0.015)
+
+    args, networks, state = made_up("Pendulum-v1", num_envs=64, num_steps=128)
+    params = jax.tree.map(jnp.zeros_like, state.params["policy"])
+    params["params"]["Dense_1"]["bias"], params["params"]["log_std"] = jnp.array([0.5]), jnp.array([-1.0])
+    actions = act(args, networks.policy, params, state.obs_stats, state.world, state.key)[1].actions
+    assert float(actions.mean()) == pytest.approx(0.5, abs=0.015) and float(actions.std()) == pytest.approx(np.exp(-1.0), abs=0.015)
+
+
+def test_a_truncated_step_bootstraps_from_its_final_observation_and_a_terminated_one_from_none():
+    args, networks, state = made_up(num_envs=8, num_steps=16, num_minibatches=2, method="student-distill")
+    rollout = act(args, networks.policy, state.params["policy"], state.obs_stats, state.world, state.key)[1]
+    end = jnp.zeros((16, 8)).at[5, 2].set(1.0)
+    seen = rollout.final_observations.at[5, 2].add(3.0)
+    cut, over = rollout._replace(terminations=0 * end, truncations=end), rollout._replace(terminations=end, truncations=0 * end)
+    loss = [float(learn(args, networks._replace(teacher=None), None, state, each, 0.0)[1]["value_loss"])
+            for each in (cut, cut._replace(final_observations=seen), over, over._replace(final_observations=seen))]
+    assert loss[0] != loss[1] and loss[2] == loss[3]
 
 
 def test_a_baseline_regresses_to_its_teachers_values_and_a_teachers_statistics_take_in_each_rollout():

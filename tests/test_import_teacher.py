@@ -402,6 +402,9 @@ def test_cleanrl(cleanrl, tmp_path, capsys):
         theirs = nn.Dense(6 if name == "policy" else 1).apply({"params": head["params"]["Dense_0"]}, hidden)
         np.testing.assert_allclose(apply(network, teacher.params[name], None, x).reshape(100, -1), theirs, rtol=1e-4, atol=1e-5)
     assert ppd_atari.load_teacher(ppd_atari.Args(teacher=out)).policy.network.hidden == (512,)
+    agent = import_teacher.read_agent(str(tmp_path / "ppo.cleanrl_model"), [4, 84, 84])  # as it is evaluated
+    theirs = nn.Dense(6).apply({"params": heads[0]["params"]["Dense_0"]}, hidden)
+    np.testing.assert_allclose(import_teacher.policy_outputs(agent.policy, x, agent.activation), theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
