@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -43,7 +44,7 @@ def test_the_weights_by_the_other_library_s_names_give_the_same_actions(task):
 
 
 def test_evaluation_takes_the_first_episode_of_each_environment():
-    """Hopper's teacher, by numpy alone, returns in Gymnasium what its file says of envpool."""
+    """Hopper's teacher, by numpy alone, returns in Gymnasium what its file says of envpool; a limp body falls after 133 to 198 steps."""
     about, arrays = reference.read_model(ROOT / "teachers/Hopper-v4__100.safetensors")
 
     class Policy:
@@ -55,6 +56,20 @@ def test_evaluation_takes_the_first_episode_of_each_environment():
     found = reference.evaluate(reference.Args("", eval_episodes=3), arrays, Policy())
     assert len(found["returns"]) == 3 and found["mean"] == pytest.approx(np.mean(found["returns"]))
     assert found["mean"] == pytest.approx(about["evaluation"]["mean"], rel=0.01)
+
+    class Limp:
+        def predict(self, x, deterministic):
+            return np.zeros((len(x), 3)), None
+
+    alone, lengths = [0.0] * 3, [0] * 3
+    for i in range(3):
+        env, done = gymnasium.make("Hopper-v4"), False
+        env.reset(seed=10**9 + reference.Args.seed + i)
+        while not done:
+            _, reward, terminated, truncated, _ = env.step(np.zeros(3))
+            alone[i], lengths[i], done = alone[i] + reward, lengths[i] + 1, terminated or truncated
+    assert len(set(lengths)) > 1
+    assert reference.evaluate(reference.Args("", eval_episodes=3), arrays, Limp())["returns"] == alone
 
 
 def test_the_command_in_the_file_names_what_is_not_the_default():
