@@ -535,7 +535,7 @@ class Networks(NamedTuple):
     teacher_value: Value | None
 
 
-NO_RETURN = -1e9  # of a run in which no episode has ended: finite, as all of a checkpoint must be
+NO_RETURN = np.float32(-1e9)  # of a run in which no episode has ended: finite, as all of a checkpoint must be
 
 
 class TrainState(NamedTuple):
@@ -1172,7 +1172,7 @@ def name_students(args: Args, state: TrainState) -> dict[str, dict]:
     """Return the students [S] by name: those of each λ, or those of a population whose last return was the highest."""
     students, runs = model(state), np.arange(len(state.recent)).reshape(-1, args.num_seeds)
     if args.pbt_interval:
-        if state.recent[runs].max(0).min() == np.float32(NO_RETURN):
+        if state.recent[runs].max(0).min() == NO_RETURN:
             print("no episode has ended while the students of a seed learned: the first λ's was taken", file=sys.stderr)
         return {"student": pick(students, runs[state.recent[runs].argmax(0), np.arange(args.num_seeds)])}
     if len(args.distill_coef) == 1:

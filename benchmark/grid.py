@@ -288,7 +288,7 @@ def chosen(args: Args) -> list[Run]:
 
 
 GPUS = ("CUDA_VISIBLE_DEVICES",)
-OF_THE_GRID = {"--env-id", "--seed", "--teacher", "--method", "--student-size", "--size", "--run-dir", "--resume"}
+OF_THE_GRID = {"--teacher", "--method", "--student-size", "--size", "--resume"}  # beside what it gives a run anyway
 BUDGETS = {"--total-timesteps", "--teacher-timesteps", "--num-seeds", "--eval-episodes"}  # which --extra may change
 MAX_ARRAY = 1000  # jobs; what Slurm allows unless it is told otherwise
 

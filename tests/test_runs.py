@@ -573,10 +573,10 @@ def test_evaluation_counts_the_first_episode_of_each_environment(m, env_id, teac
     if env_id == "Hopper-v4":
         policy, params = m.load_policy(str(teachers(env_id)))[1:]
         policy_step = lambda x, t: m.act_deterministic(policy, params["policy"], params["obs_stats"], x)  # noqa: E731
+    elif env_id == "CoinrunEasy-v0":
+        policy_step = lambda x, t: np.full(len(x), 7 if t % 9 < 7 else 5)  # noqa: E731  # to the right, mostly
     else:
         policy_step = lambda x, t: (x.astype(np.int64).sum((1, 2, 3)) + t // 7) % 4  # noqa: E731
-    if env_id == "CoinrunEasy-v0":
-        policy_step = lambda x, t: np.full(len(x), 7 if t % 9 < 7 else 5)  # noqa: E731  # to the right, mostly
     together = m.evaluate(m.make_envs(env_id, 3, 7, variant(env_id), "evaluation"), policy_step)
     seeds = [(1 + i, 7) if env_id == "CoinrunEasy-v0" else (1, 7 + i) for i in range(3)]
     alone = [m.evaluate(m.make_envs(env_id, *each, variant(env_id), "evaluation"), policy_step)["returns"][-1] for each in seeds]
