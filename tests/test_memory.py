@@ -35,4 +35,4 @@ def test_memory_and_open_files_are_flat(script, flags, tiny_teacher, tmp_path):
     updates, early, late, files, files_late = map(float, line.split())
     print(line)
     assert updates >= 400 and files_late <= files
-    assert late < 1.02 * early, f"{early:.1f} MiB grew to {late:.1f} MiB"
+    assert late < 1.005 * early, f"{early:.1f} MiB grew to {late:.1f} MiB"
