@@ -91,7 +91,7 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
 
 def test_the_table_of_teachers_that_fail_is_that_of_every_game():
     """Of same and larger students; the mean of every student's games is that of its row."""
-    with open(ROOT / "benchmark/results/mujoco_games.csv", newline="") as file:
+    with open(ROOT / "benchmark/results/games/mujoco.csv", newline="") as file:
         games = {tuple(row[name] for name in ("task", "seed", "size", "method")): np.float64(row["returns"].split()) for row in csv.DictReader(file)}
     with open(ROOT / "benchmark/results/mujoco.csv", newline="") as file:
         found = {tuple(row[name] for name in ("task", "seed", "size", "method")): row for row in csv.DictReader(file)
