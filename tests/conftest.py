@@ -116,9 +116,13 @@ def go_on(m, folder, *flags):
     return m.main(m.parse_args(["--resume", str(folder), *map(str, flags)]))
 
 
-def rows(folder):
-    with open(folder / "progress.csv", newline="") as file:
+def read_csv(path):
+    with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def rows(folder):
+    return read_csv(folder / "progress.csv")
 
 
 def without_timing(folder):

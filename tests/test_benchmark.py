@@ -1,6 +1,5 @@
 """The grid of experiments and its report: the paper's runs, done once each, and tables that say what the runs gave."""
 
-import csv
 import dataclasses
 import itertools
 import json
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from conftest import ROOT, needs_procgen
+from conftest import ROOT, needs_procgen, read_csv
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import grid
@@ -241,8 +240,7 @@ def start_grid(folder, extra, *flags):
 
 
 def table(path):
-    with open(path, newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "steps_per_second")} for row in csv.DictReader(file)]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "steps_per_second")} for row in read_csv(path)]
 
 
 def test_a_grid_that_is_killed_goes_on_and_repeats_nothing(tmp_path):
@@ -484,8 +482,7 @@ def test_the_pages_are_what_the_report_makes_of_the_results(page):
 
 def test_committed_rows_are_whole():
     for path in (ROOT / "benchmark/results").glob("*.csv"):
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_csv(path)
         assert rows and list(rows[0]) == grid.COLUMNS
         assert len({tuple(row[name] for name in grid.KEY) for row in rows}) == len(rows)
         teachers = {}
@@ -505,7 +502,7 @@ def test_committed_rows_are_whole():
 def test_recorded_commands_are_still_understood():
     """One of each kind, whatever its numbers, but for two old forms that the page on results explains."""
     found = [json.loads(path.read_text()) for path in (ROOT / "benchmark/results").rglob("*.json")]
-    found += [row for path in (ROOT / "benchmark/results").glob("*.csv") for row in csv.DictReader(path.open(newline=""))]
+    found += [row for path in (ROOT / "benchmark/results").glob("*.csv") for row in read_csv(path)]
     commands = [each["command"] for each in found if isinstance(each, dict) and "command" in each]
     commands = [command for command in commands if not re.search("--contact-forces True|--method ppo .*--num-steps", command)]
     kinds = [shlex.split(command) for command in {re.sub(r"\d+", "", command): command for command in commands}.values()]

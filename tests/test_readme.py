@@ -1,16 +1,16 @@
 """The README and the pages in docs/: their numbers are those of the raw results, and their links, commands, flags and code work."""
 
 import ast
-import csv
 import importlib.util
 import itertools
 import json
+import operator
 import re
 import shlex
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_csv
 
 import ppd_gymnax
 import ppd_mujoco
@@ -91,18 +91,17 @@ def test_every_result_stands_in_the_pages_as_it_was_measured(path):
 
 def test_the_table_of_teachers_that_fail_is_that_of_every_game():
     """Of same and larger students; the mean of every student's games is that of its row."""
-    with open(ROOT / "benchmark/results/games/mujoco.csv", newline="") as file:
-        games = {tuple(row[name] for name in ("task", "seed", "size", "method")): np.float64(row["returns"].split()) for row in csv.DictReader(file)}
-    with open(ROOT / "benchmark/results/mujoco.csv", newline="") as file:
-        found = {tuple(row[name] for name in ("task", "seed", "size", "method")): row for row in csv.DictReader(file)
-                 if row["experiment"] == "methods" and row["seed"] != "100"}
+    key = operator.itemgetter("task", "seed", "size", "method")
+    games = {key(row): np.float64(row["returns"].split()) for row in read_csv(ROOT / "benchmark/results/games/mujoco.csv")}
+    found = {key(row): row for row in read_csv(ROOT / "benchmark/results/mujoco.csv") if row["experiment"] == "methods" and row["seed"] != "100"}
     assert games.keys() == found.keys()
-    for key, returns in games.items():
-        assert (len(returns), returns.mean(), returns.std()) == (50, pytest.approx(float(found[key]["student_mean"]), abs=0.05),
-                                                                 pytest.approx(float(found[key]["student_std"]), abs=0.05))
+    for student, returns in games.items():
+        assert len(returns) == 50
+        assert returns.mean() == pytest.approx(float(found[student]["student_mean"]), abs=0.05)
+        assert returns.std() == pytest.approx(float(found[student]["student_std"]), abs=0.05)
     for task, seed, below in (("HalfCheetah-v4", 300, 3000), ("Ant-v4", 200, 3000), ("Humanoid-v4", 200, 7200), ("Humanoid-v4", 300, 7900)):
         teacher = np.float64(json.loads((ROOT / f"benchmark/results/teachers/{task}__{seed}.json").read_text())["teacher"]["returns"])
-        returns = np.stack([x for key, x in games.items() if key[:2] == (task, str(seed)) and key[2] != "smaller"])
+        returns = np.stack([x for student, x in games.items() if student[:2] == (task, str(seed)) and student[2] != "smaller"])
         error = np.hypot(returns.std(1), teacher.std()) / 50**0.5
         cells = [f"{min(x):{form}} to {max(x):{form}}" for x, form in (
             ((returns < below).sum(1), "d"), (returns.mean(1) / teacher.mean(), ".2f"), ((returns.mean(1) - teacher.mean()) / error, ".1f"),
@@ -114,8 +113,8 @@ def test_the_table_of_teachers_that_fail_is_that_of_every_game():
 def test_the_one_level_table_is_that_of_the_raw_curves(method, word):
     cells = []
     for seed in (100, 200):
-        with open(ROOT / f"benchmark/results/one_level/{method}__{seed}.csv", newline="") as file:
-            curve = [(int(row["global_step"]), float(row["charts/episodic_return"])) for row in csv.DictReader(file)]
+        table = read_csv(ROOT / f"benchmark/results/one_level/{method}__{seed}.csv")
+        curve = [(int(row["global_step"]), float(row["charts/episodic_return"])) for row in table]
         solved = [step for step, value in curve if value >= 9]
         cells.append(f"{solved[0]:,}" if solved else f"not within {curve[-1][0]:,} (last: {curve[-1][1]:.1f})")
     assert rows(word) == [next(row for row in rows(word) if row.endswith(f"| {cells[0]} | {cells[1]} |"))]
@@ -124,16 +123,14 @@ def test_the_one_level_table_is_that_of_the_raw_curves(method, word):
 @pytest.mark.parametrize(("name", "word"), [("pong_ppo_paper", "the paper's hyperparameters"), ("pong_ppo_usual", "those usual on Atari"),
                                            ("miner_ppo", "coinrun's, jumper's and ninja's flags")])
 def test_the_runs_that_made_no_teacher_ended_where_the_page_says(name, word):
-    with open(ROOT / f"benchmark/results/pixels/{name}.csv", newline="") as file:
-        *_, last = csv.DictReader(file)
+    last = read_csv(ROOT / f"benchmark/results/pixels/{name}.csv")[-1]
     found = f"| {word} | {int(last['global_step']):,} | {float(last['charts/episodic_return']):.1f} |"
     assert any(row.startswith(found) for row in rows(word)), found
 
 
 def test_the_effect_of_the_detached_weight_is_that_of_the_raw_results():
     """Means over three seeds in the prose, wherever they stand."""
-    with open(ROOT / "benchmark/results/mujoco.csv", newline="") as file:
-        table = [row for row in csv.DictReader(file) if row["experiment"] == "beyond" and row["size"] == "smaller"]
+    table = [row for row in read_csv(ROOT / "benchmark/results/mujoco.csv") if row["experiment"] == "beyond" and row["size"] == "smaller"]
     ends = {"Humanoid": r"Humanoid's [a-z ]*end at\s+{}\s+of their teacher instead of\s+{}", "HalfCheetah": r"HalfCheetah's at {} instead of {}",
             "Ant": r"Ant's at\s+{} instead of {}"}
     for task, words in ends.items():
@@ -173,8 +170,8 @@ def test_first_kl_divergences_are_those_of_the_curves():
             "of seed 200 {}, {}, {} and {}; of seed 300 {}, {}, {} and {}.").format(*said[100], *said[200], *said[300]) in " ".join(PAGES[ROOT / "docs/algorithm.md"].split())
     for env_id, values in first.items():
         for (seed, value), size in itertools.product(values.items(), ("smaller", "same", "larger")):
-            with open(ROOT / f"benchmark/results/curves/methods__{env_id}__ppd__{size}__{seed}.csv", newline="") as file:
-                assert float(next(csv.DictReader(file))["losses/teacher_kl"]) == pytest.approx(value, rel=0.03)
+            begin = read_csv(ROOT / f"benchmark/results/curves/methods__{env_id}__ppd__{size}__{seed}.csv")[0]
+            assert float(begin["losses/teacher_kl"]) == pytest.approx(value, rel=0.03)
         log_std = ppd_mujoco.read_file(ROOT / f"teachers/{env_id}__100.safetensors")[1]["policy/params/log_std"]
         alone = (-log_std + (np.exp(2 * log_std) - 1) / 2).sum()
         assert table[env_id][:2] == [f"{np.exp(log_std).max():.2f}", f"{alone:.1f}"]

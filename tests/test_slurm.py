@@ -1,6 +1,5 @@
 """The grid on a real Slurm: controller, daemon and authentication of one node, started here, with preemption by requeueing."""
 
-import csv
 import os
 import shutil
 import socket
@@ -9,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_csv
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch", "scontrol", "squeue")
 pytestmark = pytest.mark.skipif(
@@ -109,12 +108,10 @@ def test_an_array_of_runs_survives_preemption(slurm, tmp_path):
     logs = {path.stem: path.read_text() for path in folder.glob("*.log")}
     assert grid.returncode == 0 and "3 of 3 runs are done" in out, out + str(logs)
     assert "interrupted; go on with" in logs[cut[0].name] and "--resume" in logs[cut[0].name]
-    with open(folder / "results/gymnax.csv", newline="") as file:
-        rows = [(row["experiment"], row["method"], row["size"]) for row in csv.DictReader(file)]
+    rows = [(row["experiment"], row["method"], row["size"]) for row in read_csv(folder / "results/gymnax.csv")]
     assert len(rows) == len(set(rows)) == 3
     for path in folder.glob("*/progress.csv"):  # no row lost or repeated
-        with open(path, newline="") as file:
-            progress = [(row["phase"], int(row["global_step"])) for row in csv.DictReader(file)]
+        progress = [(row["phase"], int(row["global_step"])) for row in read_csv(path)]
         for phase in {phase for phase, _ in progress}:
             steps = [step for each, step in progress if each == phase]
             assert steps == [steps[0] * (i + 1) for i in range(len(steps))]
