@@ -144,6 +144,14 @@ def test_the_effect_of_the_detached_weight_is_that_of_the_raw_results():
             assert re.search(words.format(*means), PAGES[path]), (path, task, means)
 
 
+def test_what_helps_is_told_as_the_table_has_it():
+    """The geometric means over smaller students of MuJoCo, which its own test holds to the raw results."""
+    text = " ".join(PAGES[ROOT / "docs/beyond.md"].split())
+    paper, *others = re.search(r"smaller \| geometric mean \| ([\d.]+) [^|]*\| ([\d.]+) [^|]*\| ([\d.]+) [^|]*\| ([\d.]+)", text).groups()
+    for words, found in zip(("end at {} instead of {}", "have {} instead of {}", "students, {} instead of {}"), others, strict=True):
+        assert words.format(found, paper) in text
+
+
 def test_the_changed_line_does_what_the_readme_says(tmp_path):
     """In a copy of the script: the ratio is clipped on both sides."""
     source = (ROOT / "ppd_mujoco.py").read_text()
