@@ -116,7 +116,7 @@ class Args:
     student_size: Literal["smaller", "same", "larger"] = "larger"  # than the teacher: see NETWORKS above
     student_channels: tuple[int, int, int] | None = None  # filters of the three convolutions or stages
     student_hidden: tuple[int, ...] | None = None  # widths of the student's hidden layers; overrides --student-size
-    distill_coef: tuple[float, ...] = (1.0,)  # weight of the distillation term (λ), for all teachers or each; 0 is PPO
+    distill_coef: tuple[float, ...] = (1.0,)  # weights (λ) of the teachers' terms, one for each or for all; 0 is PPO
     distill_coef_final: float | None = None  # λ at the end of the run, reached linearly; by default constant
     distill_coef_decay: Literal["none", "return"] = "none"  # return: λ falls to 0 as the return rises to the teacher's
     distill_weight: Literal["ratio", "detached"] = "ratio"  # max(r, 1-ε) with its gradient, the paper's, or without
@@ -1073,6 +1073,8 @@ def load_teachers(
             goal = goal_of(about)
             if decay == "return" and not 0 < goal < math.inf:
                 fail(f"--distill-coef-decay return needs a teacher of positive return; that of {path} is {goal}")
+            if decay == "return" and teacher.about["variant"].items() - about["variant"].items():
+                fail(f"--distill-coef-decay return needs the task as {path} was evaluated on it: {about['variant']}")
         teachers.append(teacher)
         first, other = teachers[0].about["variant"], teacher.about["variant"]
         # Contact forces matter on Humanoid alone

@@ -478,6 +478,7 @@ BAD = [
     ("--teacher {t} --distill-coef-final 0 --distill-coef-decay return", "--distill-coef-final and --distill-coef-decay exclude each other"),
     ("--teacher {t} {x}/losing --distill-coef-decay return", "needs a teacher of positive return; that of {x}/losing is -3.0"),
     ("--teacher {a} --env-id Qbert-v5 --distill-coef-decay return", "needs teachers of Qbert-v5; {a} is of Pong-v5"),
+    ("--teacher {a} --frame-skip 7 --distill-coef-decay return", "needs the task as {a} was evaluated on it: {{'frame_skip': "),
     ("--teacher {t} --frame-skip 4", "--frame-skip is not for Hopper-v4"),
     ("--teacher {a} --teacher-mean-clip", "--teacher-mean-clip is for continuous actions; those of Pong-v5 are not"),
     ("--teacher {a} --frame-skip 0", "--frame-skip must lie between 1 and"),
